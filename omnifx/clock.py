@@ -1,0 +1,256 @@
+"""The clock: which step of which generation and which stream a call is, told from its inputs alone.
+
+A reuse needs proof. A call is taken for the next step of a stream only if its invariant inputs are that stream's (the same
+tensor, unchanged, or equal content), its timestep is the one the plan expects next, and its latents lie where one step from the
+stream's last latents would put them (unless the caller marked the generation). Two streams that both fit are told apart by
+their latents, and if that leaves a doubt the step runs in full. Nothing here is visible to Dynamo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnifx.graph import Inputs
+
+NUM_SAMPLES = 256
+"""Elements of the latents that the clock reads at every call."""
+
+_MARKED: contextvars.ContextVar[Marked | None] = contextvars.ContextVar("omnifx_generation", default=None)
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """A generation that the caller marked with ``with omnifx.generation(...)``."""
+
+    number: int
+    steps: int | None
+    owner: object  # the session it marks
+    outer: Marked | None  # the marks around it, of other sessions or of the same one
+
+
+@contextlib.contextmanager
+def mark(owner: object, steps: int | None) -> Iterator[Marked]:
+    """Mark the calls of this context (thread, task) as one generation of `owner`'s."""
+    token = Marked(next(_numbers), steps, owner, _MARKED.get())
+    reset = _MARKED.set(token)
+    try:
+        yield token
+    finally:
+        _MARKED.reset(reset)
+
+
+def marked_for(owner: object) -> Marked | None:
+    """The innermost mark of this context that belongs to `owner`."""
+    found = _MARKED.get()
+    while found is not None and found.owner is not owner:
+        found = found.outer
+    return found
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A large input as it was at a call: the tensor itself, and what tells whether it changed since."""
+
+    tensor: Any
+    version: int | None
+
+    @classmethod
+    def of(cls, value: Any) -> Watched:
+        """Take note of a value now."""
+        return cls(value, _version(value))
+
+    def same(self, other: Watched) -> bool:
+        """Whether both are the same memory, unchanged, or equal in content."""
+        a, b = self.tensor, other.tensor
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return bool(a == b)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        same_memory = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.device == b.device
+        if same_memory:
+            return self.version == other.version
+        if self.version != _version(a):  # the note's own tensor was overwritten: its old content is gone
+            return False
+        return torch.equal(a, b)
+
+
+def _version(value: Any) -> int | None:
+    if not isinstance(value, Tensor) or value.is_inference():
+        return None
+    return value._version
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the clock read of one call."""
+
+    small: tuple[tuple[float, ...], ...]
+    """Values of each small input, in the order of `Inputs.small`."""
+    large: tuple[Watched, ...]
+    """Each large input, in the order of `Inputs.large`."""
+    sample: tuple[float, ...]
+    """NUM_SAMPLES elements of the latents at fixed places."""
+    finite: bool
+    """Whether the latents hold neither NaN nor infinity."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shapes of all inputs that are not parameters."""
+
+    def moved_from(self, other: Reading) -> float:
+        """``||x - x'|| / ||x'||`` over the sampled elements."""
+        norm = math.sqrt(sum(v * v for v in other.sample))
+        change = math.sqrt(sum((a - b) ** 2 for a, b in zip(self.sample, other.sample, strict=True)))
+        return change / norm if norm else math.inf
+
+
+class Reader:
+    """Reads calls of one graph: one transfer from the device, however many inputs there are."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._places: dict[tuple[int, torch.device], Tensor] = {}
+
+    def read(self, args: Sequence[Any]) -> Reading:
+        """Read the inputs of a call."""
+        parts: list[Tensor] = []
+        sizes: list[int] = []
+        plain: dict[int, tuple[float, ...]] = {}
+        for i in self.inputs.small:
+            value = args[i]
+            if isinstance(value, Tensor):
+                parts.append(value.detach().reshape(-1).to(torch.float64))
+                sizes.append(value.numel())
+            else:
+                plain[i] = (float(value),)
+        latents = args[self.inputs.latents] if self.inputs.latents is not None else None
+        count = 0
+        if latents is not None:
+            flat = latents.detach().reshape(-1)
+            places = self._places_of(flat.numel(), flat.device)
+            count = places.numel()
+            parts += [flat[places].to(torch.float64), flat.sum(dtype=torch.float32).to(torch.float64)[None]]
+        devices = {part.device for part in parts}
+        if len(devices) > 1:
+            values = [v for part in parts for v in part.tolist()]
+        else:
+            values = torch.cat(parts).tolist() if parts else []
+        small, at = [], 0
+        remaining = iter(sizes)
+        for i in self.inputs.small:
+            if i in plain:
+                small.append(plain[i])
+            else:
+                size = next(remaining)
+                small.append(tuple(values[at : at + size]))
+                at += size
+        sample = tuple(values[at : at + count])
+        total = values[at + count] if count else 0.0
+        return Reading(
+            small=tuple(small),
+            large=tuple(Watched.of(args[i]) for i in self.inputs.large),
+            sample=sample,
+            finite=math.isfinite(total),
+            shapes=tuple(
+                tuple(args[i].shape) if isinstance(args[i], Tensor) else (int(args[i]),)
+                for i in (*self.inputs.small, *self.inputs.large, *([self.inputs.latents] if latents is not None else []))
+            ),
+        )
+
+    def _places_of(self, size: int, device: torch.device) -> Tensor:
+        key = (size, device)
+        if key not in self._places:
+            generator = torch.Generator().manual_seed(0)
+            count = min(NUM_SAMPLES, size)
+            places = torch.randint(size, (count,), generator=generator) if size > count else torch.arange(size)
+            self._places[key] = places.to(device)
+        return self._places[key]
+
+
+def token_of_thread() -> int:
+    """What stands for the caller of an unmarked call: generations of one thread are told apart by their inputs."""
+    return threading.get_ident()
+
+
+def close(a: float, b: float) -> bool:
+    """Whether two timesteps are the same, up to rounding."""
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def largest_move(expected: float) -> float:
+    """The largest relative move of the latents that is taken for one step where calibration saw `expected`.
+
+    Three times what was seen, but under 0.7 where that tells anything: two unrelated latents lie about 1.4 apart.
+    """
+    return max(1.5 * expected, min(3.0 * expected, 0.7)) + 1e-3
+
+
+@dataclass
+class Timeline:
+    """Values of the time-like inputs at each step of a known generation, and how far its latents move."""
+
+    timesteps: tuple[float, ...]
+    moves: tuple[float, ...]
+    time_inputs: tuple[int, ...]  # positions within `Inputs.small`
+    varying_inputs: tuple[int, ...]  # positions within `Inputs.large`
+    latent_shape: tuple[int, ...] = ()
+
+    def time_of(self, reading: Reading) -> float | None:
+        """The timestep of a call; None if the graph has no time-like input."""
+        if not self.time_inputs:
+            return None
+        values = reading.small[self.time_inputs[0]]
+        return sum(values) / len(values)
+
+    def expects(self, step: int, reading: Reading) -> bool:
+        """Whether a call's timestep is that of `step`."""
+        if not 0 <= step < len(self.timesteps):
+            return False
+        time = self.time_of(reading)
+        return time is None or close(time, self.timesteps[step])
+
+    def same_stream(self, a: Reading, b: Reading) -> bool:
+        """Whether all inputs that do not change from step to step agree."""
+        return (
+            a.shapes == b.shapes
+            and all(a.small[i] == b.small[i] for i in range(len(a.small)) if i not in self.time_inputs)
+            and all(a.large[i].same(b.large[i]) for i in range(len(a.large)) if i not in self.varying_inputs)
+        )
+
+
+@dataclass
+class Position:
+    """Where the clock believes a stream is."""
+
+    key: int
+    token: object
+    last: Reading
+    step: int
+    plans: list[int] = field(default_factory=list)  # plans that still fit, newest first
+    doubt: str = ""  # why it no longer may reuse
+    generation: int = 0
+
+
+__all__ = [
+    "NUM_SAMPLES",
+    "Marked",
+    "Position",
+    "Reader",
+    "Reading",
+    "Timeline",
+    "Watched",
+    "close",
+    "largest_move",
+    "mark",
+    "marked_for",
+    "token_of_thread",
+]

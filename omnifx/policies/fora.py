@@ -1,0 +1,40 @@
+"""Compute every branch each `interval` steps, and reuse all of them in between.
+
+Source: FORA, arXiv:2407.01425: pre-gate attention and MLP outputs, gates recomputed.
+Cost: none at run time; the plan is static.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from omnifx.errors import ConfigError
+from omnifx.plan import COMPUTE, REUSE, Plan
+from omnifx.policy import Policy, check_speedup, refuse_speedup, register, reuse_steps_needed
+from omnifx.profile import Profile
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Fora(Policy):
+    """Full step every `interval` steps; without an interval, the smallest one that reaches the speedup."""
+
+    name: ClassVar[str] = "fora"
+
+    interval: int | None = None  # steps from one full step to the next; 1 reuses nothing; None: from the speedup
+
+    def __post_init__(self) -> None:
+        if self.interval is not None and (not isinstance(self.interval, int) or self.interval < 1):
+            raise ConfigError(f"interval must be >= 1 (steps), got {self.interval!r}.")
+
+    def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
+        steps = profile.num_steps
+        interval = self.interval
+        if interval is None:
+            wanted = check_speedup(speedup, default=2.0)
+            needed = reuse_steps_needed(profile, wanted)
+            if needed > steps - 1:
+                most = Plan.uniform(profile, [COMPUTE] + [REUSE] * (steps - 1), policy=self.name).speedup
+                raise refuse_speedup(self.name, wanted, most, f"one full step in {steps}")
+            interval = next(n for n in range(1, steps + 1) if steps - -(-steps // n) >= needed)
+        actions = [COMPUTE if step % interval == 0 else REUSE for step in range(steps)]
+        return Plan.uniform(profile, actions, policy=self.name, policy_options={"interval": interval})

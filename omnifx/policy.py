@@ -1,0 +1,110 @@
+"""What a policy is, and the register of those that are there.
+
+A policy turns a profile into a plan. It keeps nothing but its options, so one object may serve many models and generations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from omnifx.errors import ConfigError
+from omnifx.plan import COMPUTE, REUSE, Plan, Row
+from omnifx.profile import Profile
+
+
+class Policy(ABC):
+    """Base of all policies: a frozen, keyword-only dataclass whose fields are its options.
+
+    Subclasses set `name` (what users write in ``options={"policy": ...}``) and implement `plan`.
+    """
+
+    name: ClassVar[str]
+    uses_noise: ClassVar[bool] = False
+    """Whether its plans may correct outputs, so that full steps measure the noise that reuse would cause."""
+
+    needs_profile: ClassVar[bool] = True
+    """Whether a generation must be measured before its first plan."""
+
+    @abstractmethod
+    def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
+        """The plan for `profile` whose FLOPs are at most 1/`speedup` of the uncached ones.
+
+        Raises: ConfigError if `speedup` is beyond what the policy allows, naming the most it allows.
+        """
+
+    def rows(self, num_branches: int) -> tuple[Row, ...]:
+        """Rows that its plans may use, to be compiled before the first plan exists."""
+        return ((COMPUTE,) * num_branches, (REUSE,) * num_branches)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, as a plan records them."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+_POLICIES: dict[str, type[Policy]] = {}
+
+
+def register(cls: type[Policy]) -> type[Policy]:
+    """Class decorator: makes a policy known under its `name`. Raises ConfigError if the name is taken."""
+    if _POLICIES.setdefault(cls.name, cls) is not cls:
+        raise ConfigError(f"policy {cls.name!r} is already registered by {_POLICIES[cls.name].__module__}.")
+    return cls
+
+
+def policies() -> dict[str, type[Policy]]:
+    """All policies by name; the files in `omnifx/policies/` register themselves."""
+    package = importlib.import_module("omnifx.policies")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"omnifx.policies.{module.name}")
+    return dict(sorted(_POLICIES.items()))
+
+
+def resolve(policy: str | Policy) -> Policy:
+    """The policy that a name or an object stands for. Raises ConfigError that lists the names."""
+    if isinstance(policy, Policy):
+        return policy
+    known = policies()
+    if not isinstance(policy, str) or policy not in known:
+        raise ConfigError(f"policy: found {policy!r}, expected one of {list(known)} or a Policy object.")
+    return known[policy]()
+
+
+def reuse_steps_needed(profile: Profile, speedup: float) -> int:
+    """How many of the profile's steps must reuse everything so that FLOPs fall to 1/`speedup`; may exceed what exists."""
+    steps, cost = profile.num_steps, profile.meta.cost_of((REUSE,) * len(profile.meta.branches))
+    if cost >= 1.0:
+        raise ConfigError("the profile's branches save no FLOPs, so no number of reuse steps reaches any speedup.")
+    needed = steps * (1.0 - 1.0 / speedup) / (1.0 - cost)
+    return max(0, int(-(-(needed - 1e-9) // 1)))
+
+
+def refuse_speedup(policy: str, speedup: float, most: float, why: str) -> ConfigError:
+    """The error for a speedup that a policy cannot reach."""
+    return ConfigError(f"{policy}: speedup must be in [1, {most:.3f}] here ({why}), got {speedup}. Ask for less.")
+
+
+def check_speedup(speedup: float | None, *, default: float) -> float:
+    """`speedup` or its default, checked to be a number >= 1."""
+    value = default if speedup is None else speedup
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 1.0:
+        raise ConfigError(f"speedup must be a number >= 1 (FLOPs uncached over planned), got {speedup!r}.")
+    return float(value)
+
+
+__all__: Sequence[str] = (
+    "Policy",
+    "check_speedup",
+    "policies",
+    "refuse_speedup",
+    "register",
+    "resolve",
+    "reuse_steps_needed",
+)

@@ -1,0 +1,191 @@
+"""A program: one captured graph, what was found in it, and its variants, each compiled when it is first needed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from omnifx.backends.lowering import Lowering, Runnable
+from omnifx.errors import CacheError
+from omnifx.graph import (
+    EXTRA_INPUTS,
+    EXTRA_OUTPUTS,
+    Analysis,
+    Branch,
+    analysis_of,
+    clone,
+    nodes_by_name,
+    num_bytes,
+    output_of,
+    run_passes,
+    total_flops,
+)
+from omnifx.grid import Grid
+from omnifx.passes.find_branches import FindBranches
+from omnifx.passes.measure_noise import noisy_outputs
+from omnifx.passes.pipeline import VariantSpec, pipeline
+from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.profile import BranchMeta
+
+
+@dataclass
+class Variant:
+    """One lowered graph, with what it takes and gives beside the model's own inputs and outputs."""
+
+    spec: VariantSpec
+    run: Runnable
+    extra_inputs: tuple[str, ...]
+    extra_outputs: tuple[str, ...]
+    extra_values: tuple[Tensor, ...]
+    """Fake values of the extra inputs: shapes, strides and types that the graph was compiled for."""
+    flops: int
+    compile_seconds: float
+    checked: bool = False
+    """Whether it was seen to reproduce a full step from that step's own cuts."""
+
+
+class Program:
+    """One captured graph and its variants.
+
+    Args:
+        gm: Functional ATen graph with a flat output; parameters are inputs.
+        inputs: Fake values of its inputs.
+        static: Positions of parameters and buffers.
+        lowering: Makes a variant run.
+        budget: Most bytes of caches for one stream; branches that do not fit are not cached, the least saving a byte first.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int], lowering: Lowering, *, budget: int
+    ) -> None:
+        self.inputs = list(inputs)
+        self.lowering = lowering
+        self._lock = threading.RLock()
+        self.variants: dict[VariantSpec, Variant] = {}
+        run_passes(gm, (FindBranches(static=frozenset(static)),), label="capture")
+        self.gm = gm
+        self.analysis: Analysis = analysis_of(gm)
+        self.num_outputs = len(output_of(gm).args[0])  # type: ignore[arg-type]
+        self.branches, self.over_budget = _within(self.analysis.cacheable, budget)
+        self.names = tuple(branch.name for branch in self.branches)
+        nodes = nodes_by_name(gm)
+        self.cut_values: dict[str, Tensor] = {
+            cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
+        }
+        self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
+        outputs = output_of(gm).args[0]
+        self.noisy = noisy_outputs(gm, self.names) if self.names else []
+        self.frame_axis = frame_axis(gm, self.analysis)
+        self.grids = tuple(
+            (i, Grid.of(tuple(map(int, outputs[i].meta["val"].shape)), frame_axis=self.frame_axis))  # type: ignore[index,union-attr]
+            for i in self.noisy
+        )
+        self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
+
+    @property
+    def compute_row(self) -> Row:
+        """The row that computes everything."""
+        return (COMPUTE,) * len(self.names)
+
+    @property
+    def reuse_row(self) -> Row:
+        """The row that reuses everything that can be."""
+        return (REUSE,) * len(self.names)
+
+    @property
+    def plain(self) -> VariantSpec:
+        """The captured graph, unchanged."""
+        return VariantSpec(self.names, self.compute_row, writes=())
+
+    def full(self, *, measures: bool) -> VariantSpec:
+        """Compute everything and return the cuts."""
+        return VariantSpec(self.names, self.compute_row, writes=self.names, measures=measures and bool(self.noisy))
+
+    def reusing(self, row: Row, *, corrects: bool) -> VariantSpec:
+        """Do `row`; what it computes is returned for later steps."""
+        writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
+        return VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
+
+    def variant(self, spec: VariantSpec) -> Variant:
+        """The compiled variant; compiles it the first time."""
+        with self._lock:
+            if spec not in self.variants:
+                self.variants[spec] = self._compile(spec)
+            return self.variants[spec]
+
+    def _compile(self, spec: VariantSpec) -> Variant:
+        start = time.perf_counter()
+        gm = clone(self.gm)
+        if spec != self.plain:
+            run_passes(gm, pipeline(spec, self.grids), label=spec.label)
+        labels = tuple(gm.meta.get(EXTRA_INPUTS, ()))
+        values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+        flops = total_flops(gm)
+        run = self.lowering(gm, self.inputs, num_extra_inputs=len(labels))
+        return Variant(
+            spec=spec,
+            run=run,
+            extra_inputs=labels,
+            extra_outputs=tuple(gm.meta.get(EXTRA_OUTPUTS, ())),
+            extra_values=tuple(values[len(values) - len(labels) :]),
+            flops=flops,
+            compile_seconds=time.perf_counter() - start,
+        )
+
+    def branch_metas(self) -> tuple[BranchMeta, ...]:
+        """What a profile keeps of each cached branch. Their FLOPs add up to what reusing all of them saves."""
+        return tuple(
+            BranchMeta(name=b.name, kind=b.kind, flops=b.flops, cache_bytes=b.cache_bytes) for b in self.branches
+        )
+
+
+def _within(branches: Sequence[Branch], budget: int) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:
+    """Split branches into those whose cuts fit the budget together, and the rest; most FLOPs a byte first."""
+    if sum(b.cache_bytes for b in branches) <= budget:
+        return tuple(branches), ()
+    chosen: set[str] = set()
+    used = 0
+    for branch in sorted(branches, key=lambda b: b.flops / max(1, b.cache_bytes), reverse=True):
+        if used + branch.cache_bytes <= budget:
+            chosen.add(branch.name)
+            used += branch.cache_bytes
+    if branches and not chosen:
+        least = min(b.cache_bytes for b in branches)
+        raise CacheError(
+            f"cache_budget leaves {budget:,} bytes for one stream, but the smallest branch needs {least:,}. Raise cache_budget."
+        )
+    return tuple(b for b in branches if b.name in chosen), tuple(b for b in branches if b.name not in chosen)
+
+
+def frame_axis(gm: fx.GraphModule, analysis: Analysis) -> int | None:
+    """Which axis of video latents counts frames: 2 for [B, C, F, H, W], 1 for [B, F, C, H, W]; None if unclear.
+
+    The first convolution over the latents tells: one over three axes takes [B, C, F, H, W]; one over two takes frames apart,
+    and the axis that has its input channels is not the frames'.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    if analysis.inputs.latents is None:
+        return None
+    latents = placeholders[analysis.inputs.latents]
+    value = latents.meta["val"]
+    if value.dim() != 5:
+        return None
+    below = {latents}
+    for node in gm.graph.nodes:
+        if not any(parent in below for parent in node.all_input_nodes):
+            continue
+        below.add(node)
+        if node.target is torch.ops.aten.convolution.default:
+            kernel = node.args[1].meta["val"]
+            if kernel.dim() == 5:
+                return 2
+            channels = int(kernel.shape[1])
+            fits = [axis for axis in (1, 2) if int(value.shape[axis]) == channels]
+            return {1: 2, 2: 1}[fits[0]] if len(fits) == 1 else None
+    return 2

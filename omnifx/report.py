@@ -1,0 +1,86 @@
+"""`MatchReport`: what omnifx found in a model, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omnifx.graph import Branch
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """Branches of a model, what they cost, and what was refused. Printing it gives a table.
+
+    Attributes:
+        branches: In graph order; each has `.name`, `.kind`, `.module_path`, `.flops`, `.cache_bytes`, `.cacheable`, `.reason`.
+        flops: FLOPs of one call that computes everything.
+        reuse_flops: FLOPs of one call that reuses every cacheable branch.
+        cache_bytes: Bytes of one stream's caches.
+        graphs: Graphs that the model was captured as; more than 1 means graph breaks.
+    """
+
+    model: str
+    branches: tuple[Branch, ...]
+    flops: int
+    reuse_flops: int
+    cache_bytes: int
+    graphs: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cacheable(self) -> tuple[Branch, ...]:
+        """The branches that may be reused."""
+        return tuple(branch for branch in self.branches if branch.cacheable)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        return {
+            "model": self.model,
+            "graphs": self.graphs,
+            "flops": self.flops,
+            "reuse_flops": self.reuse_flops,
+            "cache_bytes": self.cache_bytes,
+            "inputs": self.inputs,
+            "notes": list(self.notes),
+            "branches": [
+                {
+                    "name": b.name,
+                    "kind": b.kind,
+                    "dependence": b.dependence,
+                    "module_path": b.module_path,
+                    "flops": b.flops,
+                    "cache_bytes": b.cache_bytes,
+                    "cacheable": b.cacheable,
+                    "reason": b.reason,
+                }
+                for b in self.branches
+            ],
+        }
+
+    def __str__(self) -> str:
+        width = max([len(b.name) for b in self.branches] + [6])
+        lines = [
+            f"{self.model}: {self.graphs} graph(s), {len(self.cacheable)} of {len(self.branches)} branches cacheable",
+            f"{'branch':<{width}}  {'kind':<16} {'share':>6} {'MFLOP':>10} {'cache':>10}",
+        ]
+        for b in self.branches:
+            share = b.flops / self.flops if self.flops else 0.0
+            size = _bytes(b.cache_bytes) if b.cacheable else "-"
+            lines.append(f"{b.name:<{width}}  {b.kind:<16} {share:>6.1%} {b.flops / 1e6:>10,.2f} {size:>10}")
+            if b.reason:
+                lines.append(f"{'':<{width}}  not cached: {b.reason}")
+        left = self.reuse_flops / self.flops if self.flops else 1.0
+        lines.append(
+            f"a full step costs {self.flops / 1e9:,.3f} GFLOP; a reuse step {left:.2%} of it; "
+            f"caches {_bytes(self.cache_bytes)} per stream"
+        )
+        lines += [f"input {name}: {role}" for name, role in self.inputs.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,103 @@
+"""The cache store: who owns which cuts. Caches belong to one stream of one generation, and die with it.
+
+Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. The bytes of a
+stream's caches are known before its first reuse, and all streams together stay under a budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from omnifx.errors import CacheError
+
+
+@dataclass
+class StreamCache:
+    """What one stream keeps between its steps."""
+
+    cuts: dict[str, Tensor] = field(default_factory=dict)
+    """By node name; [as the branch made them], from the last step that computed the branch."""
+    noise: dict[int, Tensor] = field(default_factory=dict)
+    """By output position: q of the last full step that measured it."""
+    weights: int = 0
+    """Fingerprint of the weights that computed the cuts."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, each storage counted once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
+        return sum(storages.values())
+
+    def _tensors(self) -> itertools.chain[Tensor]:
+        return itertools.chain(self.cuts.values(), self.noise.values())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.cuts.clear()
+        self.noise.clear()
+
+
+class CacheStore:
+    """All live stream caches of one compiled model, least recently used first."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._live: OrderedDict[int, tuple[StreamCache, int]] = OrderedDict()
+        self.peak_bytes = 0
+        self.evictions = 0
+
+    def admit(self, key: int, num_bytes: int) -> StreamCache:
+        """A cache for a new stream that will hold at most `num_bytes`; evicts the longest unused ones to make room.
+
+        Raises: CacheError if `num_bytes` alone is over the budget.
+        """
+        if num_bytes > self.budget:
+            raise CacheError(
+                f"one stream's caches need {num_bytes:,} bytes, but cache_budget is {self.budget:,}. "
+                "Raise cache_budget, or cache fewer branches."
+            )
+        while self._live and self.reserved_bytes + num_bytes > self.budget:
+            _, (evicted, _) = self._live.popitem(last=False)
+            evicted.clear()
+            self.evictions += 1
+        cache = StreamCache()
+        self._live[key] = (cache, num_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
+        return cache
+
+    def touch(self, key: int) -> None:
+        """Mark a stream as just used."""
+        if key in self._live:
+            self._live.move_to_end(key)
+
+    def holds(self, key: int) -> bool:
+        """Whether the stream's cache is still there (it may have been evicted)."""
+        return key in self._live
+
+    def release(self, key: int) -> None:
+        """Free a stream's caches; a key that is gone already is no error."""
+        if (entry := self._live.pop(key, None)) is not None:
+            entry[0].clear()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the live streams may hold at most."""
+        return sum(size for _, size in self._live.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the live streams hold now."""
+        return sum(cache.num_bytes for cache, _ in self._live.values())
+
+
+def default_budget(device: torch.device) -> int:
+    """A quarter of the device's memory, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory // 4)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
