@@ -15,7 +15,7 @@ from omnifx.policy import Policy
 from omnifx.profile import Profile
 from omnifx.report import MatchReport
 from omnifx.runlog import Stats
-from omnifx.session import generation, stats
+from omnifx.session import generation, plans, stats
 
 __all__ = [
     "ConfigError",
@@ -35,5 +35,6 @@ __all__ = [
     "generation",
     "make_plan",
     "omnicache",
+    "plans",
     "stats",
 ]

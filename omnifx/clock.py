@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import itertools
 import math
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,9 +109,8 @@ class Reading:
 
     def moved_from(self, other: Reading) -> float:
         """``||x - x'|| / ||x'||`` over the sampled elements."""
-        norm = math.sqrt(sum(v * v for v in other.sample))
-        change = math.sqrt(sum((a - b) ** 2 for a, b in zip(self.sample, other.sample, strict=True)))
-        return change / norm if norm else math.inf
+        norm = math.sqrt(sum(map(operator.mul, other.sample, other.sample)))
+        return math.dist(self.sample, other.sample) / norm if norm else math.inf
 
 
 class Reader:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 
 from omnifx.backend import state_inputs
@@ -51,7 +52,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> MatchReport:
         with functorch_config.patch(enable_autograd_cache=False):
             return compile_fx(gm, list(example_inputs), inner_compile=inner)  # type: ignore[arg-type,no-any-return]
 
-    with torch.no_grad(), warnings.catch_warnings():
+    # Inductor's constant folding replaces whatever a graph returns on the meta device by an empty tensor: nothing would be left.
+    folds = not any(parameter.is_meta for parameter in model.parameters())
+    patched = inductor_config.patch(joint_graph_constant_folding=folds)
+    with torch.no_grad(), patched, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.compile(model, backend=backend)(*args, **kwargs)
     report = report_of(type(model).__name__, programs, names)

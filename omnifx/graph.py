@@ -184,7 +184,7 @@ def insert_input(gm: fx.GraphModule, name: str, *, label: str, like: torch.Tenso
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
         placeholder = gm.graph.placeholder(name)
-    placeholder.meta["val"] = like
+    placeholder.meta["val"] = like.detach()  # a tensor of its own: tracing tells values apart by identity
     gm.meta.setdefault(EXTRA_INPUTS, []).append(label)
     return placeholder
 

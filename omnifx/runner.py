@@ -6,6 +6,7 @@ Nothing here is traced: Dynamo sees one opaque compiled function, and no graph c
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from omnifx.runlog import GenerationLog, Log, StepLog
 from omnifx.store import CacheStore, StreamCache
 
 _keys = itertools.count(1)
+
+_VERSION = operator.attrgetter("_version")
 
 MOST_STREAMS = 64
 """Streams that may be under way at once; the oldest one is forgotten first."""
@@ -124,7 +127,7 @@ class Runner:
         self._streams: dict[int, Stream] = {}
         self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
-        self._weights: tuple[tuple[int, int], ...] = ()
+        self._weights: tuple[list[int], list[int]] = ([], [])
         self._weights_version = 0
         self._coefficients: dict[tuple[float, float], Tensor] = {}
         self._low_pass: dict[tuple[int, float], Tensor] = {}
@@ -160,7 +163,7 @@ class Runner:
             return [program.plain]
         if not self.entries or self.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
-            return [program.full(measures=True), *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
+            return [program.full(measures=False), *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
         specs = []
         for entry in self.entries:
             noise = entry.plan.reads_noise
@@ -190,11 +193,12 @@ class Runner:
 
     def _note_weights(self, args: list[Any]) -> None:
         """Count up when any parameter was replaced or written to."""
-        now = tuple(
-            (value.data_ptr(), -1 if value.is_inference() else value._version)
-            for i in self.program.analysis.inputs.static
-            if isinstance(value := args[i], Tensor)
-        )
+        weights = [args[i] for i in self.program.analysis.inputs.static]
+        try:
+            versions = list(map(_VERSION, weights))
+        except RuntimeError:  # made under inference_mode: such tensors count no versions
+            versions = []
+        now = (list(map(Tensor.data_ptr, weights)), versions)
         if now != self._weights:
             self._weights = now
             self._weights_version += 1
@@ -392,19 +396,42 @@ class Runner:
             variant = self._compiled(program.reusing(call.row, corrects=self._corrects(stream, call.row)))
         else:
             spec = program.full(measures=call.measures)
-            if spec not in program.variants and program.full(measures=True) in program.variants:
-                spec = program.full(measures=True)  # compiled already for the recording; costs little more
+            if spec not in program.variants and program.full(measures=not call.measures) in program.variants:
+                spec = program.full(measures=not call.measures)  # noise is then measured by replaying, or not needed
             variant = self._compiled(spec)
         keep = self._kept_latents(call, args)
         extra = self._extra_inputs(variant, call)
         knows_old = all(cut in stream.cache.cuts for cut in program.cut_values)
         outputs = variant.run([*args, *extra])
+        replayed = {}
+        if REUSE not in call.row and call.measures and knows_old and not variant.spec.measures:
+            replayed = self._replay(stream, args, outputs)
         noise = self._store_outputs(variant, call, outputs[program.num_outputs :], knows_old)
+        if replayed:
+            stream.cache.noise.update(replayed)
+            stream.has_noise = True
+            noise = replayed.get(program.main_output) if program.main_output is not None else None
         if REUSE not in call.row:
             self._warm_up(stream, args, outputs)
         args.clear()
         self._after(call, variant, reading, keep, outputs, noise)
         return outputs[: program.num_outputs]
+
+    def _replay(self, stream: Stream, args: list[Any], outputs: Sequence[Any]) -> dict[int, Tensor]:
+        """Noise of a full step whose graph does not measure it: run the reuse variant on the old cuts, and subtract."""
+        program = self.program
+        lean = program.reusing(program.reuse_row, corrects=False)
+        variant = self._compiled(lean if lean in program.variants else program.reusing(program.reuse_row, corrects=True))
+        again = variant.run([*args, *self._uncorrected_inputs(variant, stream)])
+        return {i: again[i] - outputs[i] for i in program.noisy}
+
+    @staticmethod
+    def _uncorrected_inputs(variant: Variant, stream: Stream) -> list[Tensor]:
+        """The stream's cuts, and zeros for all that a correction would read."""
+        return [
+            stream.cache.cuts[label.partition(":")[2]] if label.startswith("cut:") else _zeros_like(fake)
+            for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True)
+        ]
 
     def _corrects(self, stream: Stream, row: Row) -> bool:
         """Whether the variant of `row` is the one that can correct: if the plan asks, or if only that one is compiled."""
@@ -509,11 +536,7 @@ class Runner:
             self._compiled(program.reusing(row, corrects=self._corrects(stream, row)))
         for variant in [v for v in program.variants.values() if REUSE in v.spec.row and not v.checked]:
             variant.checked = True
-            extra = [
-                stream.cache.cuts[label.partition(":")[2]] if label.startswith("cut:") else _zeros_like(fake)
-                for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True)
-            ]
-            again = variant.run([*args, *extra])
+            again = variant.run([*args, *self._uncorrected_inputs(variant, stream)])
             for i in program.noisy:
                 true, got = outputs[i].float(), again[i].float()
                 error = float((got - true).norm() / true.norm().clamp_min(1e-30))

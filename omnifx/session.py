@@ -269,14 +269,12 @@ def find_session(compiled: object) -> Session:
 
 def options_of(compiled: object) -> dict[str, Any] | None:
     """The options that a compiled model was compiled with, as the user wrote them."""
-    context = getattr(compiled, "dynamo_ctx", None)
-    callback = getattr(context, "callback", None)
-    while callback is not None:
-        wrapper = getattr(callback, "_torchdynamo_orig_backend", None)
-        if wrapper is not None and hasattr(wrapper, "kwargs"):
-            options: dict[str, Any] | None = wrapper.kwargs.get("options")
+    link = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    while link is not None:  # Dynamo wraps the backend several times; the innermost wrapper holds what torch.compile was given
+        if hasattr(link, "compiler_fn") and hasattr(link, "kwargs"):
+            options: dict[str, Any] | None = link.kwargs.get("options")
             return options
-        callback = getattr(callback, "_torchdynamo_orig_callable", None)
+        link = getattr(link, "_torchdynamo_orig_backend", None)
     return None
 
 
@@ -297,6 +295,14 @@ def stats(compiled: object) -> Stats:
     Raises: ConfigError if the model has not run through omnifx yet.
     """
     return find_session(compiled).stats()
+
+
+def plans(compiled: object) -> list[tuple[Profile, Plan]]:
+    """Profiles and plans that a compiled model follows, newest first; empty until its first generation was measured.
+
+    Raises: ConfigError if the model has not run through omnifx yet.
+    """
+    return [(entry.profile, entry.plan) for runner in find_session(compiled).runners for entry in runner.entries]
 
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()

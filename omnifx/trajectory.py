@@ -1,9 +1,9 @@
 """The shape of a sampling trajectory: its path in three dimensions, and how sharply the path turns at each step.
 
-A sampler's latents x_0 .. x_{S-1} run almost straight from noise to data, and what bends does so in very few directions, in
-much the same way for every seed and prompt. So three coordinates describe the path: along the line from its start to its
-end, and along the two directions in which it leaves that line most. All of it follows from the inner products of the
-latents; no vector is needed.
+A sampler's latents x_0 .. x_{S-1} run almost straight from noise to data, and what bends does so in very few
+directions, in much the same way for every seed and prompt. So three coordinates describe the path: along the line from
+its start to its end, and along the two directions in which it leaves that line most. All of it follows from the inner
+products of the latents; no vector is needed.
 
 Source: OmniCache, arXiv:2508.16212, section 3.2: the subspace (u, w1, w2) and the curvature of the path in it. The
 windowed fit in arc length follows the analysis of sampling trajectories in github.com/zju-pi/diff-sampler.
@@ -20,22 +20,23 @@ from omnifx.errors import ConfigError
 
 CurvatureMethod = Literal["menger", "fit"]
 
-_TINY = 1e-9  # shares of the path's length below this are rounding, not movement: inner products come in as float32
+_TINY = 1e-9  # shares of the length below this are rounding, not movement
 _FIT_ORDER = 3
 
 
 def coordinates(gram_x: Tensor) -> Tensor:
     """Coordinates of a trajectory in the subspace (u, w1, w2), from the inner products of its points.
 
-    u is the unit vector from the first point to the last; w1 and w2 are the first two principal components of what is left
-    of the path in the orthogonal complement of u. The signs of w1 and w2 are fixed by their largest coordinate, which is
-    positive.
+    u is the unit vector from the first point to the last; w1 and w2 are the first two principal components of what is
+    left of the path in the orthogonal complement of u. The signs of w1 and w2 are fixed by their largest coordinate,
+    which is positive. Inner products in float32 are precise enough for paths about as long as their points, as those of
+    samplers are (the digits models: the same curvature as from float64, to three digits).
 
     Args:
         gram_x: [S, S], entry (i, j) is <x_i, x_j>, symmetric; S >= 1.
 
-    Returns: [S, 3], float64, in the units of x; the first point is the origin. A coordinate whose direction does not exist
-        (a closed path has no u, a straight one no w1) is 0 everywhere.
+    Returns: [S, 3], float64, in the units of x; the first point is the origin. A coordinate whose direction does not
+        exist (a closed path has no u, a straight one no w1) is 0 everywhere.
     Raises: ConfigError if `gram_x` is not a square matrix.
     """
     if gram_x.ndim != 2 or gram_x.shape[0] != gram_x.shape[1] or not gram_x.shape[0]:
@@ -63,8 +64,8 @@ def coordinates(gram_x: Tensor) -> Tensor:
 def curvature(points: Tensor, *, method: CurvatureMethod = "menger", window: int = 5) -> Tensor:
     """How sharply a path turns at each of its points, times the length of the whole path.
 
-    The product has no unit, so it compares between models, samplers and step counts: a straight path has 0 everywhere, a
-    full circle 2 pi.
+    The product has no unit, so it compares between models, samplers and step counts: a straight path has 0 everywhere,
+    a full circle 2 pi.
 
     Args:
         points: [S, D], D of 2 or 3, the path in order.
@@ -73,8 +74,8 @@ def curvature(points: Tensor, *, method: CurvatureMethod = "menger", window: int
             `window` points around each point; smoother, but blind to turns shorter than the window.
         window: For "fit", number of points, odd, >= 3; shrinks to the number there are.
 
-    Returns: [S], float64, >= 0. Points with too few neighbours on one side (the ends) take the value of the nearest point
-        that has them. All 0 when S < 3, and where the path stands still or turns back on itself.
+    Returns: [S], float64, >= 0. Points with too few neighbours on one side (the ends) take the value of the nearest
+        point that has them. 0 everywhere when S < 3, and where the path stands still or runs back to where it was.
     Raises: ConfigError if an argument is out of its range.
     """
     if points.ndim != 2 or points.shape[1] not in (2, 3):
@@ -120,5 +121,5 @@ def _fitted(path: Tensor, arc: Tensor, window: int) -> Tensor:
         speed = torch.linalg.vector_norm(fit[0])
         if speed > _TINY:
             turn = torch.linalg.vector_norm(torch.linalg.cross(fit[0], fit[1]))
-            out[i] = turn / speed**3  # in units of 1: path / s are both shares of the length, s of `reach` of it
+            out[i] = turn / speed**3  # the scale of s cancels
     return out

@@ -1,0 +1,172 @@
+"""Measured time against plain ``torch.compile``: whole generations, one full step, and compilation.
+
+    python -m benchmarks.speed [--models pixart dit] [--steps 20] [--repeats 5] [--threads 1] [--out FILE]
+
+Generations are timed in turn (plain, omnifx, plain, ...) in one process, and ratios are taken pair by pair, so that a machine whose
+speed drifts does not decide. Compile times come from fresh processes with empty Inductor caches, as CPU seconds of the process and
+its compilers: on a shared machine wall time says little.
+Bounds that the project holds itself to: measured speedup at least 0.95 of the FLOPs ratio; a full step at most 1.03 of plain;
+compilation of all variants at most 1.5 of plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import omnifx
+from benchmarks.models import CASES, Case, generate
+from benchmarks.results import save, table
+
+
+def clock_of(run: Callable[[], object]) -> float:
+    """Seconds of one run, device work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_generations(case: Case, *, steps: int, repeats: int, speedups: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Plain and omnifx generations in turn; medians and the median of pairwise ratios."""
+    plain = torch.compile(case.model)
+    generate(plain, case, seed=0, steps=2)
+    rows = []
+    for speedup in speedups:
+        torch._dynamo.config.recompile_limit = 32  # one model, compiled several ways in this process
+        compiled = torch.compile(case.model, backend="omnicache", options={"speedup": speedup, "profile_cache": False})
+        for seed in (0, 1):  # measured, then the first that follows the plan
+            generate(compiled, case, seed=seed, steps=steps)
+        plan = omnifx.plans(compiled)[0][1]
+        pairs = []
+        for repeat in range(repeats):
+            base = clock_of(lambda: generate(plain, case, seed=10 + repeat, steps=steps))  # noqa: B023
+            ours = clock_of(lambda: generate(compiled, case, seed=10 + repeat, steps=steps))  # noqa: B023
+            pairs.append((base, ours))
+        log = omnifx.stats(compiled)
+        measured = statistics.median(base / ours for base, ours in pairs)
+        rows.append(
+            {
+                "model": case.name,
+                "asked": speedup,
+                "steps": steps,
+                "full/reuse": f"{steps - plan.num_reuse_steps}/{plan.num_reuse_steps}",
+                "plain s": statistics.median(base for base, _ in pairs),
+                "omnifx s": statistics.median(ours for _, ours in pairs),
+                "measured": measured,
+                "FLOPs ratio": plan.speedup,
+                "share reached": measured / plan.speedup,
+                "recompilations": log.recompilations,
+                "unplanned full": sum(sum(g.reasons.values()) for g in log.generations[1:]),
+            }
+        )
+    return rows
+
+
+def measure_full_step(case: Case, *, repeats: int) -> list[dict[str, Any]]:
+    """One full step, with what a recording adds, against plain: alternating calls."""
+    plain = torch.compile(case.model)
+    rows = []
+    for label, policy, record in (("full + cuts", "fora", False), ("full + cuts + noise + recording", "omnicache", True)):
+        options = {"policy": policy, "record_only": record, "profile_cache": False, "speedup": 1.0}
+        compiled = torch.compile(case.model, backend="omnicache", options=options)
+        inputs = case.inputs(0)
+        times: list[tuple[float, float]] = []
+        with torch.no_grad():
+            for repeat in range(repeats + 2):
+                inputs["timestep"] = torch.full_like(inputs["timestep"], 981 - repeat)
+                inputs["hidden_states"] = inputs["hidden_states"] * 0.999
+                base = clock_of(lambda: plain(**inputs))
+                ours = clock_of(lambda: compiled(**inputs))  # noqa: B023
+                if repeat >= 2:
+                    times.append((base, ours))
+        rows.append(
+            {
+                "model": case.name,
+                "step": label,
+                "plain ms": 1e3 * statistics.median(base for base, _ in times),
+                "omnifx ms": 1e3 * statistics.median(ours for _, ours in times),
+                "ratio": statistics.median(ours / base for base, ours in times),
+            }
+        )
+    return rows
+
+
+def measure_compilation(name: str) -> list[dict[str, Any]]:
+    """CPU seconds from the first call to its result, in fresh processes with empty caches; importing is not counted."""
+    rows: list[dict[str, Any]] = []
+    for mode in ("plain", "fora", "omnicache"):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+            command = [sys.executable, "-m", "benchmarks.speed", "--compile-one", name, mode]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        seconds = float(result.stdout.split()[-1])
+        base = rows[0]["CPU s"] if rows else seconds
+        rows.append({"model": name, "compiled as": mode, "CPU s": seconds, "ratio": seconds / base})
+    return rows
+
+
+def compile_one(name: str, mode: str) -> None:
+    """Compile one model and print the CPU seconds that took."""
+    torch.set_num_threads(1)
+    case = CASES[name]()
+    options = {"policy": mode, "profile_cache": False}
+    compiled = torch.compile(case.model) if mode == "plain" else torch.compile(case.model, backend="omnicache", options=options)
+    before = _cpu_seconds()
+    with torch.no_grad():
+        compiled(**case.inputs(0))
+    torch._inductor.async_compile.shutdown_compile_workers()  # so that their time is counted
+    print(_cpu_seconds() - before)
+
+
+def _cpu_seconds() -> float:
+    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main() -> None:
+    """Run all three measurements and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["pixart", "dit"], choices=sorted(CASES))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--step-repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", nargs="+", default=["generations", "full", "compilation"])
+    parser.add_argument("--out", default="")
+    parser.add_argument("--compile-one", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.compile_one:
+        compile_one(*args.compile_one)
+        return
+    torch.set_num_threads(args.threads)
+    figures: dict[str, list[dict[str, Any]]] = {part: [] for part in args.parts}
+    for name in args.models:
+        case = CASES[name]()
+        if "generations" in figures:
+            figures["generations"] += measure_generations(case, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5))
+        if "full" in figures:
+            figures["full"] += measure_full_step(case, repeats=args.step_repeats)
+        if "compilation" in figures:
+            figures["compilation"] += measure_compilation(name)
+    for part, rows in figures.items():
+        table(rows, part)
+    if args.out:
+        save(args.out, figures)
+
+
+if __name__ == "__main__":
+    main()
