@@ -1,4 +1,5 @@
-"""Run a variant operator by operator, without a compiler: for debugging, and to tell our passes' errors from a compiler's."""
+"""Run a variant operator by operator, without a compiler: for debugging, and to tell our passes' errors from a
+compiler's."""
 
 from __future__ import annotations
 

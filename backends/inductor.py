@@ -1,14 +1,14 @@
 """Lower a variant with Inductor, in the setting in which `compile_fx` captured the graph.
 
-All variants of a graph share the capture: one Dynamo and AOTAutograd trace, then `compile_fx_inner` for each variant. Parameters
-are inputs, so nothing is copied and weight updates keep working.
+All variants of a graph share the capture: one Dynamo and AOTAutograd trace, then `compile_fx_inner` for each variant.
+Parameters are inputs, so nothing is copied and weight updates keep working.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -22,7 +22,8 @@ from omnifx.backends.lowering import Runnable
 
 
 class InductorLowering:
-    """Remembers what `compile_fx` passed to its inner compiler, so that variants can be compiled when they are needed."""
+    """Remembers what `compile_fx` passed to its inner compiler, so that variants can be compiled when they are
+    needed."""
 
     name = "inductor"
 
@@ -43,8 +44,10 @@ class InductorLowering:
             if self._fake_mode is not None:
                 stack.enter_context(V.set_fake_mode(self._fake_mode))
             if self._context is not None:
-                stack.enter_context(self._context.report_output_strides())  # each compile reports into a list of its own
+                stack.enter_context(
+                    self._context.report_output_strides()
+                )  # each compile reports into a list of its own
             stack.enter_context(config.patch(self._settings))
             stack.enter_context(torch.no_grad())
             compiled = compile_fx_inner(gm, values, **self._arguments)
-        return compiled  # type: ignore[return-value]
+        return cast("Runnable", compiled)

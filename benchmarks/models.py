@@ -1,4 +1,5 @@
-"""The medium models of the speed benchmarks: real diffusers classes at about 12 x 384 and 256 tokens, with random weights."""
+"""The medium models of the speed benchmarks: real diffusers classes at about 12 x 384 and 256 tokens, with random
+weights."""
 
 from __future__ import annotations
 
@@ -58,7 +59,12 @@ def dit(depth: int = 12, width: int = 384, tokens: int = 256, batch: int = 1) ->
 
     side = math.isqrt(tokens) * 2
     model = DiTTransformer2DModel(
-        num_attention_heads=width // 64, attention_head_dim=64, num_layers=depth, sample_size=side, in_channels=4, out_channels=4
+        num_attention_heads=width // 64,
+        attention_head_dim=64,
+        num_layers=depth,
+        sample_size=side,
+        in_channels=4,
+        out_channels=4,
     )
     labels = torch.arange(batch) % 1000
 
@@ -83,7 +89,8 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @torch.no_grad()
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights that matter everywhere: default initialisation zeroes the gates, and a wrong cache could not be seen."""
+    """Random weights that matter everywhere: default initialisation zeroes the gates, and a wrong cache could not be
+    seen."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)

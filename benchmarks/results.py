@@ -34,7 +34,9 @@ def environment() -> dict[str, Any]:
 def save(path: str | Path, figures: object) -> None:
     """Write figures with their environment."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(
+        json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n", encoding="utf-8"
+    )
     print(f"written to {path}")
 
 
@@ -59,6 +61,9 @@ def _module() -> str:
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
+        return next(
+            (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")),
+            platform.processor(),
+        )
     except OSError:
         return platform.processor()

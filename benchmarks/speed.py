@@ -2,11 +2,11 @@
 
     python -m benchmarks.speed [--models pixart dit] [--steps 20] [--repeats 5] [--threads 1] [--out FILE]
 
-Generations are timed in turn (plain, omnifx, plain, ...) in one process, and ratios are taken pair by pair, so that a machine whose
-speed drifts does not decide. Compile times come from fresh processes with empty Inductor caches, as CPU seconds of the process and
-its compilers: on a shared machine wall time says little.
-Bounds that the project holds itself to: measured speedup at least 0.95 of the FLOPs ratio; a full step at most 1.03 of plain;
-compilation of all variants at most 1.5 of plain.
+Generations are timed in turn (plain, omnifx, plain, ...) in one process, and ratios are taken pair by pair, so that a
+machine whose speed drifts does not decide. Compile times come from fresh processes with empty Inductor caches, as CPU
+seconds of the process and its compilers: on a shared machine wall time says little. Bounds that the project holds
+itself to: measured speedup at least 0.95 of the FLOPs ratio; a full step at most 1.03 of plain; compilation of all
+variants at most 1.5 of plain.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def measure_full_step(case: Case, *, repeats: int) -> list[dict[str, Any]]:
     """One full step, with what a recording adds, against plain: alternating calls."""
     plain = torch.compile(case.model)
     rows = []
-    for label, policy, record in (("full + cuts", "fora", False), ("full + cuts + noise + recording", "omnicache", True)):
+    for label, policy, record in (
+        ("full + cuts", "fora", False),
+        ("full + cuts + noise + recording", "omnicache", True),
+    ):
         options = {"policy": policy, "record_only": record, "profile_cache": False, "speedup": 1.0}
         compiled = torch.compile(case.model, backend="omnicache", options=options)
         inputs = case.inputs(0)
@@ -89,7 +92,7 @@ def measure_full_step(case: Case, *, repeats: int) -> list[dict[str, Any]]:
             for repeat in range(repeats + 2):
                 inputs["timestep"] = torch.full_like(inputs["timestep"], 981 - repeat)
                 inputs["hidden_states"] = inputs["hidden_states"] * 0.999
-                base = clock_of(lambda: plain(**inputs))
+                base = clock_of(lambda: plain(**inputs))  # noqa: B023
                 ours = clock_of(lambda: compiled(**inputs))  # noqa: B023
                 if repeat >= 2:
                     times.append((base, ours))
@@ -124,7 +127,11 @@ def compile_one(name: str, mode: str) -> None:
     torch.set_num_threads(1)
     case = CASES[name]()
     options = {"policy": mode, "profile_cache": False}
-    compiled = torch.compile(case.model) if mode == "plain" else torch.compile(case.model, backend="omnicache", options=options)
+    compiled = (
+        torch.compile(case.model)
+        if mode == "plain"
+        else torch.compile(case.model, backend="omnicache", options=options)
+    )
     before = _cpu_seconds()
     with torch.no_grad():
         compiled(**case.inputs(0))
@@ -157,7 +164,9 @@ def main() -> None:
     for name in args.models:
         case = CASES[name]()
         if "generations" in figures:
-            figures["generations"] += measure_generations(case, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5))
+            figures["generations"] += measure_generations(
+                case, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5)
+            )
         if "full" in figures:
             figures["full"] += measure_full_step(case, repeats=args.step_repeats)
         if "compilation" in figures:

@@ -1,7 +1,8 @@
-"""omnifx: fast inference of diffusion transformers. It compiles the denoising loop, and reuses across steps what repeats.
+"""omnifx: fast inference of diffusion transformers. It compiles the denoising loop, and reuses across steps what
+repeats.
 
-``torch.compile(model, backend="omnicache")`` is all that a user needs; the names below are for those who want to see, measure or
-decide more.
+``torch.compile(model, backend="omnicache")`` is all that a user needs; the names below are for those who want to see,
+measure or decide more.
 """
 
 __version__ = "0.1.0"

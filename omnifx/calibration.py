@@ -31,7 +31,8 @@ def calibrate(
     """Measure `runs` ordinary generations, each run in full.
 
     Args:
-        model: The denoiser, as it is or compiled with ``backend="omnicache"`` (whose lowering and Inductor options are used).
+        model: The denoiser, as it is or compiled with ``backend="omnicache"`` (whose lowering and Inductor options are
+        used).
         generate: ``generate(model, seed)`` runs one generation with the model it is given; its result is not used.
         policy: What the profile is for; every policy reads the same profile.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
@@ -40,7 +41,8 @@ def calibrate(
         progress: Whether to show a progress bar.
 
     Returns: The profile of all runs.
-    Raises: ConfigError for `runs` < 1 or a model without reusable branches; ProfileError if a run could not be measured, or ran
+    Raises: ConfigError for `runs` < 1 or a model without reusable branches; ProfileError if a run could not be
+    measured, or ran
         other steps than the first.
     Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it.
     """
@@ -62,7 +64,9 @@ def calibrate(
             session = find_session(compiled)
             inactive = [runner.inactive for runner in session.runners if runner.inactive]
             if not session.runners or inactive:
-                raise ConfigError(f"calibrate: {inactive[0] if inactive else 'generate() never called the model it was given'}.")
+                raise ConfigError(
+                    f"calibrate: {inactive[0] if inactive else 'generate() never called the model it was given'}."
+                )
             if _measured(compiled) == before:
                 raise ProfileError(f"calibrate: run {seed} could not be measured: {'; '.join(session.log.notes)}")
             profiles.append(next(p for runner in session.runners for p in runner.profiles[-1:]))
@@ -83,7 +87,8 @@ def merge(profiles: list[Profile]) -> Profile:
         same = other.meta.fingerprint == first.meta.fingerprint and other.meta.timesteps == first.meta.timesteps
         if not same or other.grams.shape[1:] != first.grams.shape[1:]:
             raise ProfileError(
-                f"merge: run {i} has {other.num_steps} steps from {other.meta.timesteps[0]:g}, run 0 has {first.num_steps} from "
+                f"merge: run {i} has {other.num_steps} steps from {other.meta.timesteps[0]:g}, run 0 has "
+                f"{first.num_steps} from "
                 f"{first.meta.timesteps[0]:g}; all runs must be of one model with the same steps and streams."
             )
     meta = first.meta.model_copy(update={"num_runs": sum(p.meta.num_runs for p in profiles)})

@@ -1,9 +1,9 @@
 """The clock: which step of which generation and which stream a call is, told from its inputs alone.
 
-A reuse needs proof. A call is taken for the next step of a stream only if its invariant inputs are that stream's (the same
-tensor, unchanged, or equal content), its timestep is the one the plan expects next, and its latents lie where one step from the
-stream's last latents would put them (unless the caller marked the generation). Two streams that both fit are told apart by
-their latents, and if that leaves a doubt the step runs in full. Nothing here is visible to Dynamo.
+A reuse needs proof. A call is taken for the next step of a stream only if its invariant inputs are that stream's (the
+same tensor, unchanged, or equal content), its timestep is the one the plan expects next, and its latents lie where one
+step from the stream's last latents would put them (unless the caller marked the generation). Two streams that both fit
+are told apart by their latents, and if that leaves a doubt the step runs in full. Nothing here is visible to Dynamo.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class Reader:
                 sizes.append(value.numel())
             else:
                 plain[i] = (float(value),)
-        latents = args[self.inputs.latents] if self.inputs.latents is not None else None
+        where = self.inputs.latents
+        latents = args[where] if where is not None else None
         count = 0
         if latents is not None:
             flat = latents.detach().reshape(-1)
@@ -162,7 +163,11 @@ class Reader:
             finite=math.isfinite(total),
             shapes=tuple(
                 tuple(args[i].shape) if isinstance(args[i], Tensor) else (int(args[i]),)
-                for i in (*self.inputs.small, *self.inputs.large, *([self.inputs.latents] if latents is not None else []))
+                for i in (
+                    *self.inputs.small,
+                    *self.inputs.large,
+                    *([where] if where is not None else []),
+                )
             ),
         )
 

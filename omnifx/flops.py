@@ -46,7 +46,8 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of one node; 0 for light ones. Shapes come from `node.meta["val"]`; symbolic sizes count with their hints."""
+    """FLOPs of one node; 0 for light ones. Shapes come from `node.meta["val"]`; symbolic sizes count with their
+    hints."""
     if node.op != "call_function" or not tensors_in(node.meta.get("val")):
         return 0
     target = node.target
@@ -79,7 +80,8 @@ def _values(node: fx.Node) -> list[torch.Tensor]:
 
 
 def _attention(node: fx.Node) -> int:
-    """2 products of [.., Nq, D] x [.., D, Nk]; the layout is [batch, heads, tokens, width] or [batch, tokens, heads, width]."""
+    """2 products of [.., Nq, D] x [.., D, Nk]; the layout is [batch, heads, tokens, width] or [batch, tokens, heads,
+    width]."""
     query, key, value = (arg.meta["val"] for arg in node.args[:3])  # type: ignore[union-attr]
     shape_q, shape_k, shape_v = ([hint(s) for s in t.shape] for t in (query, key, value))
     tokens = -3 if "_flash_attention_forward" in str(node.target) or "_efficient" in str(node.target) else -2

@@ -26,8 +26,8 @@ EXTRA_OUTPUTS = "omnifx_extra_outputs"
 class Inputs:
     """The roles of a graph's inputs, by position.
 
-    `latents` is what the sampler moves, `small` inputs (timesteps, labels, scales) are read by the clock at every call, `large`
-    ones (text, masks, position tables) are watched for change, `static` ones are parameters and buffers.
+    `latents` is what the sampler moves, `small` inputs (timesteps, labels, scales) are read by the clock at every call,
+    `large` ones (text, masks, position tables) are watched for change, `static` ones are parameters and buffers.
     """
 
     latents: int | None
@@ -93,7 +93,8 @@ def branches_of(gm: fx.GraphModule) -> dict[str, Branch]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
-    """One graph transformation: `requires` checks what it needs, `call` changes the graph in place, `ensures` what it promised."""
+    """One graph transformation: `requires` checks what it needs, `call` changes the graph in place, `ensures` what it
+    promised."""
 
     @property
     def name(self) -> str:
@@ -121,7 +122,8 @@ class Pass(ABC):
 
 
 def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], *, label: str = "graph") -> dict[str, float]:
-    """Run `passes` in order; returns the seconds each took. With OMNIFX_DUMP=dir, writes the graph before and after each."""
+    """Run `passes` in order; returns the seconds each took. With OMNIFX_DUMP=dir, writes the graph before and after
+    each."""
     dump = os.environ.get("OMNIFX_DUMP")
     seconds: dict[str, float] = {}
     for number, step in enumerate(passes):
@@ -160,9 +162,8 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
 
 def node_named(gm: fx.GraphModule, name: str) -> fx.Node:
     """The node of that name. Raises PassError if there is none."""
-    for node in gm.graph.nodes:
-        if node.name == name:
-            return node
+    if (node := nodes_by_name(gm).get(name)) is not None:
+        return node
     raise PassError(f"the graph has no node {name!r}; it changed since it was analysed. Run FindBranches again.")
 
 
@@ -173,7 +174,7 @@ def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
 
 def output_of(gm: fx.GraphModule) -> fx.Node:
     """The output node; its first argument is a flat tuple of values."""
-    node = gm.graph.output_node()
+    node: fx.Node = gm.graph.output_node()
     if not isinstance(node.args[0], tuple | list):
         raise PassError(f"the graph returns {node.args[0]}, expected a flat tuple; capture it through AOTAutograd.")
     return node
@@ -256,7 +257,8 @@ def total_flops(gm: fx.GraphModule) -> int:
 
 
 def dead_without(cuts: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that nothing needs once the values of `cuts` come from elsewhere; the cuts themselves are among them."""
+    """The nodes that nothing needs once the values of `cuts` come from elsewhere; the cuts themselves are among
+    them."""
     dead: set[fx.Node] = set()
     work = list(cuts)
     dead.update(work)
@@ -282,7 +284,8 @@ def float_outputs(gm: fx.GraphModule) -> list[int]:
 
 @dataclass
 class BitSets:
-    """Ancestors and descendants of every node as bit sets (Python integers): bit i stands for node i. Includes the node itself."""
+    """Ancestors and descendants of every node as bit sets (Python integers): bit i stands for node i. Includes the node
+    itself."""
 
     nodes: list[fx.Node]
     index: dict[fx.Node, int] = field(default_factory=dict)
@@ -294,7 +297,7 @@ class BitSets:
         """Bit sets of a graph, whose nodes stand in topological order."""
         nodes = list(graph.nodes)
         index = {node: i for i, node in enumerate(nodes)}
-        ancestors = []
+        ancestors: list[int] = []
         for i, node in enumerate(nodes):
             bits = 1 << i
             for parent in node.all_input_nodes:

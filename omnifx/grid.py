@@ -28,8 +28,9 @@ class Grid:
     def of(cls, shape: tuple[int, ...], *, frame_axis: int | None = None) -> Grid:
         """The grid of latents or outputs of `shape`.
 
-        [B, C, H, W] has the axes H and W; [B, C, F, H, W] (or [B, F, C, H, W], as `frame_axis` tells) also F; tokens [B, N, C]
-        are taken as a square image where N is a square, as packed latents of square images are; anything else has no grid.
+        [B, C, H, W] has the axes H and W; [B, C, F, H, W] (or [B, F, C, H, W], as `frame_axis` tells) also F; tokens
+        [B, N, C] are taken as a square image where N is a square, as packed latents of square images are; anything else
+        has no grid.
         """
         if len(shape) == 4:
             return cls(shape, (2, 3))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from omnifx.errors import ConfigError
 from omnifx.plan import Plan
-from omnifx.policy import Policy, resolve
+from omnifx.policy import Policy, refuse_speedup, resolve
 from omnifx.profile import Profile
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -68,15 +68,22 @@ class Options(BaseModel):
                 "Options of Inductor itself go under 'inductor'."
             )
         try:
-            return cls(**options)
+            parsed = cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"][:1])
-            described = (cls.model_fields[key].annotation, first["msg"]) if key in cls.model_fields else ("", first["msg"])
+            described = (
+                (cls.model_fields[key].annotation, first["msg"]) if key in cls.model_fields else ("", first["msg"])
+            )
             raise ConfigError(
                 f"omnicache: option {key!r} found {options.get(key)!r}: {described[1].removeprefix('Value error, ')} "
                 f"(allowed: {_readable(described[0])})."
             ) from error
+
+        policy = parsed.resolved_policy
+        if parsed.speedup is not None and parsed.speedup > policy.most_speedup:
+            raise refuse_speedup(policy.name, parsed.speedup, policy.most_speedup, "its own rules")
+        return parsed
 
     @property
     def resolved_policy(self) -> Policy:

@@ -82,7 +82,9 @@ class Plan(BaseModel):
         if self.format != FORMAT:
             raise ValueError(f"format {self.format} is not known; this omnifx reads format {FORMAT}")
         if len(self.steps) != len(self.timesteps) or not self.steps:
-            raise ValueError(f"{len(self.steps)} steps for {len(self.timesteps)} timesteps; both must agree and be >= 1")
+            raise ValueError(
+                f"{len(self.steps)} steps for {len(self.timesteps)} timesteps; both must agree and be >= 1"
+            )
         if len(self.variants) != len(self.reuse_flops):
             raise ValueError(f"{len(self.variants)} variants but {len(self.reuse_flops)} FLOPs ratios")
         if bad := [i for i, row in enumerate(self.variants) if len(row) != len(self.branches)]:
@@ -155,6 +157,8 @@ class Plan(BaseModel):
             )
         except ValidationError as error:
             raise PlanError(f"Plan: {_first_problem(error)}. Mend the policy that made these rows.") from error
+        except ValueError as error:
+            raise PlanError(f"Plan: a row does not have one action for each branch ({error}).") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -1,12 +1,14 @@
 """What a policy is, and the register of those that are there.
 
-A policy turns a profile into a plan. It keeps nothing but its options, so one object may serve many models and generations.
+A policy turns a profile into a plan. It keeps nothing but its options, so one object may serve many models and
+generations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,6 +29,8 @@ class Policy(ABC):
     uses_noise: ClassVar[bool] = False
     """Whether its plans may correct outputs, so that full steps measure the noise that reuse would cause."""
 
+    most_speedup: ClassVar[float] = math.inf
+    """What its rules allow at most, whatever the model and the steps."""
     needs_profile: ClassVar[bool] = True
     """Whether a generation must be measured before its first plan."""
 
@@ -78,7 +82,8 @@ def resolve(policy: str | Policy) -> Policy:
 
 
 def reuse_steps_needed(profile: Profile, speedup: float) -> int:
-    """How many of the profile's steps must reuse everything so that FLOPs fall to 1/`speedup`; may exceed what exists."""
+    """How many of the profile's steps must reuse everything so that FLOPs fall to 1/`speedup`; may exceed what
+    exists."""
     steps, cost = profile.num_steps, profile.meta.cost_of((REUSE,) * len(profile.meta.branches))
     if cost >= 1.0:
         raise ConfigError("the profile's branches save no FLOPs, so no number of reuse steps reaches any speedup.")

@@ -1,11 +1,13 @@
-"""A profile: what a calibration measured, as inner products. A safetensors file with JSON in its header, never a pickle.
+"""A profile: what a calibration measured, as inner products. A safetensors file with JSON in its header, never a
+pickle.
 
-Every method of this package asks a recording only for inner products, so that is what is kept. For each run and stream the
-vectors are, in this order, the latents x_0 .. x_{S-1}, the outputs o_0 .. o_{S-1}, and the noise q_0 .. q_{S-1} that reusing
-the previous step's cuts would have caused at each step (q = cached output - true output; q_0 is zero). Each vector is split
-by an orthonormal DCT into `NUM_BANDS` bands (band b holds the frequencies whose larger normalised index lies in
-[b / NUM_BANDS, (b + 1) / NUM_BANDS)) and each band into two halves by the parity of its coefficients: one to fit on, one held
-back. Inner products of different bands or halves are zero by construction, so the sum over both is the plain inner product.
+Every method of this package asks a recording only for inner products, so that is what is kept. For each run and stream
+the vectors are, in this order, the latents x_0 .. x_{S-1}, the outputs o_0 .. o_{S-1}, and the noise q_0 .. q_{S-1}
+that reusing the previous step's cuts would have caused at each step (q = cached output - true output; q_0 is zero).
+Each vector is split by an orthonormal DCT into `NUM_BANDS` bands (band b holds the frequencies whose larger normalised
+index lies in [b / NUM_BANDS, (b + 1) / NUM_BANDS)) and each band into two halves by the parity of its coefficients: one
+to fit on, one held back. Inner products of different bands or halves are zero by construction, so the sum over both is
+the plain inner product.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ class Profile:
     Attributes:
         meta: Names, shapes, timesteps, costs.
         grams: [runs, streams, NUM_HALVES, NUM_BANDS, 3 S, 3 S], float32: inner products of the recorded vectors.
-        moves: [runs, S], float32: ``||x_k - x_{k-1}|| / ||x_{k-1}||`` (0 for k = 0), what the clock expects of a next step.
+        moves: [runs, S], float32: ``||x_k - x_{k-1}|| / ||x_{k-1}||`` (0 for k = 0), what the clock expects of a next
+        step.
     Memory: 4 * runs * streams * 8 * 9 S^2 bytes on the host: 0.7 MB for one run of 50 steps.
     """
 
@@ -149,7 +152,9 @@ class Profile:
                 meta = ProfileMeta.model_validate_json(header)
                 names = set(file.keys())
                 if names != {"grams", "moves"}:
-                    raise ProfileError(f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}.")
+                    raise ProfileError(
+                        f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}."
+                    )
                 return cls(meta=meta, grams=file.get_tensor("grams").float(), moves=file.get_tensor("moves").float())
         except OSError as error:
             raise ProfileError(f"Profile.load: cannot read {path}: {error}. {again}.") from error

@@ -58,7 +58,8 @@ class Program:
         inputs: Fake values of its inputs.
         static: Positions of parameters and buffers.
         lowering: Makes a variant run.
-        budget: Most bytes of caches for one stream; branches that do not fit are not cached, the least saving a byte first.
+        budget: Most bytes of caches for one stream; branches that do not fit are not cached, the least saving a byte
+        first.
     """
 
     def __init__(
@@ -158,7 +159,8 @@ def _within(branches: Sequence[Branch], budget: int) -> tuple[tuple[Branch, ...]
     if branches and not chosen:
         least = min(b.cache_bytes for b in branches)
         raise CacheError(
-            f"cache_budget leaves {budget:,} bytes for one stream, but the smallest branch needs {least:,}. Raise cache_budget."
+            f"cache_budget leaves {budget:,} bytes for one stream, but the smallest branch needs {least:,}. Raise "
+            "cache_budget."
         )
     return tuple(b for b in branches if b.name in chosen), tuple(b for b in branches if b.name not in chosen)
 
@@ -166,8 +168,8 @@ def _within(branches: Sequence[Branch], budget: int) -> tuple[tuple[Branch, ...]
 def frame_axis(gm: fx.GraphModule, analysis: Analysis) -> int | None:
     """Which axis of video latents counts frames: 2 for [B, C, F, H, W], 1 for [B, F, C, H, W]; None if unclear.
 
-    The first convolution over the latents tells: one over three axes takes [B, C, F, H, W]; one over two takes frames apart,
-    and the axis that has its input channels is not the frames'.
+    The first convolution over the latents tells: one over three axes takes [B, C, F, H, W]; one over two takes frames
+    apart, and the axis that has its input channels is not the frames'.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if analysis.inputs.latents is None:

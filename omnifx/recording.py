@@ -1,12 +1,13 @@
 """A recording: the latents, outputs and cache-induced noise of one full generation, as a profile needs them.
 
-Vectors are kept whole while they are small, else as a fixed random sketch (count sketch: random signs added up into buckets, which
-keeps inner products in expectation, with a relative error of about 1/sqrt(buckets)). Either way the bytes are bounded by
-`record_budget`, for up to `MOST_CALLS` calls; a longer generation is not recorded further.
+Vectors are kept whole while they are small, else as a fixed random sketch (count sketch: random signs added up into
+buckets, which keeps inner products in expectation, with a relative error of about 1/sqrt(buckets)). Either way the
+bytes are bounded by `record_budget`, for up to `MOST_CALLS` calls; a longer generation is not recorded further.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,8 +36,8 @@ class _Call:
 class Recorder:
     """Turns the tensors of a call into what a recording keeps; one for each shape of latents and output.
 
-    The grid is that of what latents and output have in common: outputs with more channels (a predicted variance) or latents with
-    more (an image to condition on) are cropped to the first ones.
+    The grid is that of what latents and output have in common: outputs with more channels (a predicted variance) or
+    latents with more (an image to condition on) are cropped to the first ones.
     """
 
     def __init__(self, latents: Tensor, output: Tensor, *, budget: int, frame_axis: int | None) -> None:
@@ -135,7 +136,7 @@ class Recording:
         found = []
         for i in range(len(self.inputs.small)):
             sets = [{call.reading.small[i] for call in group} for group in self.groups]
-            if any(not (a & b) for a, b in zip(sets, sets[1:], strict=False)):
+            if any(not (a & b) for a, b in itertools.pairwise(sets)):
                 found.append(i)
         return tuple(found)
 
@@ -146,7 +147,7 @@ class Recording:
             for i in range(len(self.inputs.large))
             if any(
                 not any(now.reading.large[i].same(before.reading.large[i]) for before in previous)
-                for previous, group in zip(self.groups, self.groups[1:], strict=False)
+                for previous, group in itertools.pairwise(self.groups)
                 for now in group
             )
         )
@@ -179,7 +180,9 @@ class Recording:
         if not all(call.reading.finite for group in self.groups for call in group):
             return "latents held NaN or infinity"
         samples = [group[0].reading for group in self.groups]
-        jumps = [c.moved_from(b) > 2.0 * c.moved_from(a) for a, b, c in zip(samples, samples[1:], samples[2:], strict=False)]
+        jumps = [
+            c.moved_from(b) > 2.0 * c.moved_from(a) for a, b, c in zip(samples, samples[1:], samples[2:], strict=False)
+        ]
         if sum(jumps) > len(jumps) / 2:
             return "two generations seem to have been mixed; mark each with omnifx.generation(...)"
         return ""
@@ -190,7 +193,7 @@ class Recording:
         times = self.time_inputs()
         return Timeline(
             timesteps=tuple(sum(r.small[times[0]]) / len(r.small[times[0]]) for r in firsts),
-            moves=(0.0, *(b.moved_from(a) for a, b in zip(firsts, firsts[1:], strict=False))),
+            moves=(0.0, *(b.moved_from(a) for a, b in itertools.pairwise(firsts))),
             time_inputs=times,
             varying_inputs=self.varying_inputs(),
         )

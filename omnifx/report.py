@@ -12,7 +12,8 @@ class MatchReport:
     """Branches of a model, what they cost, and what was refused. Printing it gives a table.
 
     Attributes:
-        branches: In graph order; each has `.name`, `.kind`, `.module_path`, `.flops`, `.cache_bytes`, `.cacheable`, `.reason`.
+        branches: In graph order; each has `.name`, `.kind`, `.module_path`, `.flops`, `.cache_bytes`, `.cacheable`,
+        `.reason`.
         flops: FLOPs of one call that computes everything.
         reuse_flops: FLOPs of one call that reuses every cacheable branch.
         cache_bytes: Bytes of one stream's caches.

@@ -1,4 +1,5 @@
-"""What ran: for each generation the variant of each step, and the reason for every full step that the plan did not ask for."""
+"""What ran: for each generation the variant of each step, and the reason for every full step that the plan did not ask
+for."""
 
 from __future__ import annotations
 

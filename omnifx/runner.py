@@ -1,4 +1,5 @@
-"""The runner: what happens at a call. The clock finds the step, the plan names the variant, the store hands over the caches.
+"""The runner: what happens at a call. The clock finds the step, the plan names the variant, the store hands over the
+caches.
 
 Nothing here is traced: Dynamo sees one opaque compiled function, and no graph counts steps.
 """
@@ -163,7 +164,10 @@ class Runner:
             return [program.plain]
         if not self.entries or self.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
-            return [program.full(measures=False), *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
+            return [
+                program.full(measures=False),
+                *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows),
+            ]
         specs = []
         for entry in self.entries:
             noise = entry.plan.reads_noise
@@ -246,8 +250,8 @@ class Runner:
                 self._advance(stream, reading, entries)
                 if reading.finite:
                     stream.doubt = (
-                        f"the latents moved {move:.2f} of their norm since the last step, more than this generation can; "
-                        "mark it with omnifx.generation(...) if it is one"
+                        f"the latents moved {move:.2f} of their norm since the last step, more than this generation "
+                        "can; mark it with omnifx.generation(...) if it is one"
                     )
                 return stream, stream.doubt
             return None, ""
@@ -301,7 +305,11 @@ class Runner:
         found = {(e.plan.rows[stream.step], e.plan.steps[stream.step].correction) for e in stream.entries}
         if len(found) > 1:
             if any(REUSE in row for row, _ in found):
-                return self.program.compute_row, None, "several calibrated step counts still fit, and their plans differ here"
+                return (
+                    self.program.compute_row,
+                    None,
+                    "several calibrated step counts still fit, and their plans differ here",
+                )
             return self.program.compute_row, None, ""
         row, correction = found.pop()
         return row, correction, ""
@@ -326,8 +334,7 @@ class Runner:
         if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
             self._finish(mark)
             if self.entries and not self.record_only and (stream := self._start(reading, mark)) is not None:
-                row, correction, why = self._planned(stream)
-                return Call(stream, self.program.compute_row, None, stream.entries[0].plan.reads_noise, why)
+                return Call(stream, self.program.compute_row, None, stream.entries[0].plan.reads_noise, "")
         if mark not in self._recorded:
             self._recorded[mark] = (Recording(self.program.analysis.inputs), [])
         recording, streams = self._recorded[mark]
@@ -421,7 +428,9 @@ class Runner:
         """Noise of a full step whose graph does not measure it: run the reuse variant on the old cuts, and subtract."""
         program = self.program
         lean = program.reusing(program.reuse_row, corrects=False)
-        variant = self._compiled(lean if lean in program.variants else program.reusing(program.reuse_row, corrects=True))
+        variant = self._compiled(
+            lean if lean in program.variants else program.reusing(program.reuse_row, corrects=True)
+        )
         again = variant.run([*args, *self._uncorrected_inputs(variant, stream)])
         return {i: again[i] - outputs[i] for i in program.noisy}
 
@@ -434,7 +443,8 @@ class Runner:
         ]
 
     def _corrects(self, stream: Stream, row: Row) -> bool:
-        """Whether the variant of `row` is the one that can correct: if the plan asks, or if only that one is compiled."""
+        """Whether the variant of `row` is the one that can correct: if the plan asks, or if only that one is
+        compiled."""
         program = self.program
         if any(e.plan.reads_noise for e in stream.entries):
             return True
@@ -477,7 +487,9 @@ class Runner:
         pair = (0.0, 0.0)
         if correction is not None and stream.has_noise and stream.on_plan:
             stream.scale *= correction.gamma
-            pair = {"all": (stream.scale, 0.0), "low": (0.0, stream.scale), "high": (stream.scale, -stream.scale)}[correction.filter]
+            pair = {"all": (stream.scale, 0.0), "low": (0.0, stream.scale), "high": (stream.scale, -stream.scale)}[
+                correction.filter
+            ]
         if pair not in self._coefficients:
             self._coefficients[pair] = torch.tensor(pair, device=device)
         return self._coefficients[pair]
@@ -512,14 +524,24 @@ class Runner:
         return main
 
     def _after(
-        self, call: Call, variant: Variant, reading: Reading, latents: Tensor | None, outputs: Sequence[Any], noise: Tensor | None
+        self,
+        call: Call,
+        variant: Variant,
+        reading: Reading,
+        latents: Tensor | None,
+        outputs: Sequence[Any],
+        noise: Tensor | None,
     ) -> None:
         stream, program = call.stream, self.program
         with self._lock:
             compute = variant.flops / program.analysis.flops if program.analysis.flops else 1.0
-            log = StepLog(stream.step, stream.number, variant.spec.label, call.reason, compute if REUSE in call.row else 1.0)
+            log = StepLog(
+                stream.step, stream.number, variant.spec.label, call.reason, compute if REUSE in call.row else 1.0
+            )
             stream.log.steps.append(log)
-            stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes if len(stream.log.steps) < 4 else 0)
+            stream.log.peak_cache_bytes = max(
+                stream.log.peak_cache_bytes, self.store.held_bytes if len(stream.log.steps) < 4 else 0
+            )
             if stream.entries:
                 self.following = True
                 if stream.step + 1 >= max(len(e.timeline.timesteps) for e in stream.entries):
@@ -530,7 +552,8 @@ class Runner:
                 stream.recording.add(reading, recorder, recorder.keep(latents, output, noise))
 
     def _warm_up(self, stream: Stream, args: list[Any], outputs: Sequence[Any]) -> None:
-        """Compile what the plan will need, and check each reuse variant once: fed this step's own cuts it must reproduce it."""
+        """Compile what the plan will need, and check each reuse variant once: fed this step's own cuts it must
+        reproduce it."""
         program = self.program
         for row in {row for e in stream.entries for row in e.plan.variants if REUSE in row}:
             self._compiled(program.reusing(row, corrects=self._corrects(stream, row)))
@@ -542,8 +565,8 @@ class Runner:
                 error = float((got - true).norm() / true.norm().clamp_min(1e-30))
                 if not error <= TOLERANCE.get(outputs[i].dtype, 1e-2) and bool(torch.isfinite(true).all()):
                     self.inactive = (
-                        f"the variant {variant.spec.label} fed a step's own cuts differs from that step by {error:.1e} of its "
-                        "norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
+                        f"the variant {variant.spec.label} fed a step's own cuts differs from that step by {error:.1e} "
+                        "of its norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
                     )
                     self._tell(self.inactive)
 

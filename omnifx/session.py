@@ -29,8 +29,8 @@ from omnifx.profile import Profile
 from omnifx.program import Program
 from omnifx.recording import Recording
 from omnifx.report import MatchReport
-from omnifx.runner import Runner
 from omnifx.runlog import Log, Stats
+from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -85,18 +85,20 @@ class Session:
             mark=lambda: marked_for(self),
         )
         if program.over_budget:
-            self._tell(
-                f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches uncached, "
+            self.tell(
+                f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches "
+                "uncached, "
                 f"the first is {program.over_budget[0].name}"
             )
         if len(self.runners) >= 1 and not _same_graph(self.runners[0].program, program):
             reason = (
-                f"{self.model_name} was captured as {len(self.runners) + 1} graphs (graph breaks); omnifx reuses across steps only "
+                f"{self.model_name} was captured as {len(self.runners) + 1} graphs (graph breaks); omnifx reuses "
+                "across steps only "
                 "where the whole step is one graph. Remove the breaks: TORCH_LOGS=graph_breaks shows where they are"
             )
             for other in (*self.runners, runner):
                 other.inactive = other.inactive or reason
-            self._tell(reason)
+            self.tell(reason)
         self.runners.append(runner)
         if not runner.inactive:
             self._load_profiles(runner)
@@ -114,11 +116,13 @@ class Session:
         if not program.names:
             why = "; ".join(dict.fromkeys(b.reason for b in program.analysis.branches if b.reason))
             return (
-                f"no branch of {self.model_name} can be reused: {len(program.analysis.branches)} residual branches were found"
-                + (f" ({why})" if why else f" among {len(program.gm.graph.nodes)} operators")
+                f"no branch of {self.model_name} can be reused: {len(program.analysis.branches)} residual branches "
+                "were found" + (f" ({why})" if why else f" among {len(program.gm.graph.nodes)} operators")
             )
         if program.analysis.inputs.latents is None:
-            return f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
+            return (
+                f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
+            )
         return ""
 
     def _profile(self, recording: Recording, program: Program, fingerprint: str) -> Profile:
@@ -149,7 +153,9 @@ class Session:
             runner.add_profile(profile, plan)
             return
         if self.options.plan is not None:
-            raise ConfigError("omnicache: the option 'plan' needs 'profile', which tells the steps of a generation apart.")
+            raise ConfigError(
+                "omnicache: the option 'plan' needs 'profile', which tells the steps of a generation apart."
+            )
         if not self.options.profile_cache or self.record_only or not runner.policy.needs_profile:
             return
         for path in sorted(profile_folder(runner.fingerprint).glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
@@ -158,7 +164,7 @@ class Session:
                 self._check_profile(profile, runner)
                 runner.add_profile(profile)
             except (ProfileError, ConfigError) as error:
-                self._tell(f"a cached profile is not used: {error}")
+                self.tell(f"a cached profile is not used: {error}")
 
     def _check_profile(self, profile: Profile, runner: Runner) -> None:
         program, meta = runner.program, profile.meta
@@ -171,11 +177,14 @@ class Session:
                 if names != list(program.names)
                 else "its weights are other ones"
             )
-            raise ProfileError(f"the profile does not belong to this model: {what}. Calibrate this model with `omnifx calibrate`.")
+            raise ProfileError(
+                f"the profile does not belong to this model: {what}. Calibrate this model with `omnifx calibrate`."
+            )
         latents = program.inputs[program.analysis.inputs.latents or 0]
         if tuple(map(int, latents.shape))[1:] != meta.latent_shape[1:]:
             raise ProfileError(
-                f"the profile was measured on latents {list(meta.latent_shape)}, these are {list(map(int, latents.shape))}; "
+                f"the profile was measured on latents {list(meta.latent_shape)}, these are "
+                f"{list(map(int, latents.shape))}; "
                 "only the batch size may differ. Calibrate at this size."
             )
 
@@ -188,7 +197,7 @@ class Session:
             profile.save(temporary)
             temporary.replace(folder / f"{key}.safetensors")
         except OSError as error:
-            self._tell(f"the profile could not be kept in {folder}: {error}; a new process will measure again")
+            self.tell(f"the profile could not be kept in {folder}: {error}; a new process will measure again")
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -218,7 +227,8 @@ class Session:
         for runner in self.runners:
             runner.finish(None)
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Note a sentence for the user, and warn the first time."""
         if self.log.note(text):
             warnings.warn(f"omnifx: {text}", OmnifxWarning, stacklevel=2)
 
@@ -230,11 +240,18 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
         roles = program.analysis.inputs
         label = {i: names[i] if i < len(names) else name for i, name in enumerate(roles.names)}
         for i in (*([roles.latents] if roles.latents is not None else []), *roles.small, *roles.large):
-            role = "latents" if i == roles.latents else ("small, read at every call" if i in roles.small else "watched for change")
+            role = (
+                "latents"
+                if i == roles.latents
+                else ("small, read at every call" if i in roles.small else "watched for change")
+            )
             inputs[label[i]] = role
     notes = []
     if len(programs) > 1:
-        notes.append(f"{len(programs)} graphs: reuse across steps needs the whole step in one graph; TORCH_LOGS=graph_breaks shows why")
+        notes.append(
+            f"{len(programs)} graphs: reuse across steps needs the whole step in one graph; "
+            "TORCH_LOGS=graph_breaks shows why"
+        )
     return MatchReport(
         model=model,
         branches=tuple(branch for program in programs for branch in program.analysis.branches),
@@ -261,16 +278,21 @@ def find_session(compiled: object) -> Session:
         return found[0]
     what = type(model).__name__
     if found:
-        raise ConfigError(f"{what} was compiled {len(found)} times with different options; pass the compiled model itself.")
+        raise ConfigError(
+            f"{what} was compiled {len(found)} times with different options; pass the compiled model itself."
+        )
     raise ConfigError(
-        f"{what} has not run through omnifx yet. Compile it with torch.compile(model, backend='omnicache') and call it once."
+        f"{what} has not run through omnifx yet. Compile it with torch.compile(model, backend='omnicache') "
+        "and call it once."
     )
 
 
 def options_of(compiled: object) -> dict[str, Any] | None:
     """The options that a compiled model was compiled with, as the user wrote them."""
     link = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
-    while link is not None:  # Dynamo wraps the backend several times; the innermost wrapper holds what torch.compile was given
+    while (
+        link is not None
+    ):  # Dynamo wraps the backend several times; the innermost wrapper holds what torch.compile was given
         if hasattr(link, "compiler_fn") and hasattr(link, "kwargs"):
             options: dict[str, Any] | None = link.kwargs.get("options")
             return options
@@ -283,7 +305,8 @@ def session_for(model: nn.Module | None, raw_options: dict[str, Any] | None, ten
     with _LOCK:
         for session in _SESSIONS:
             if session.raw_options == raw_options and (
-                (model is not None and session.model_ref() is model) or (session.model_ref() is not None and session.knows(tensors))
+                (model is not None and session.model_ref() is model)
+                or (session.model_ref() is not None and session.knows(tensors))
             ):
                 return session
         return Session(Options.parse(raw_options), raw_options, model)
@@ -319,8 +342,8 @@ def keep_with(model: nn.Module, session: Session) -> None:
 def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
     """Mark the calls inside as one generation, where the caller knows better than the clock.
 
-    Generations that are marked are told apart by their marks, whatever their inputs; marks nest, and belong to the thread or task
-    that made them. At the end the generation's caches are freed.
+    Generations that are marked are told apart by their marks, whatever their inputs; marks nest, and belong to the
+    thread or task that made them. At the end the generation's caches are freed.
 
     Args:
         compiled: A model compiled with ``backend="omnicache"``.
@@ -335,7 +358,12 @@ def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
         raise ConfigError(f"generation: expected a compiled model, got {type(compiled).__name__}.")
     with _LOCK:
         session = next(
-            (s for s in _SESSIONS if s.model_ref() is model and (compiled is model or s.raw_options == options_of(compiled))), None
+            (
+                s
+                for s in _SESSIONS
+                if s.model_ref() is model and (compiled is model or s.raw_options == options_of(compiled))
+            ),
+            None,
         )
         if session is None:
             session = Session(Options.parse(options_of(compiled)), options_of(compiled), model)
@@ -361,7 +389,11 @@ def weights_hash(values: Sequence[Any]) -> str:
             continue
         flat = value.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // 64)][:64]
-        digest.update(picked.to(torch.float64).cpu().numpy().tobytes() if not picked.is_complex() else repr(picked.tolist()).encode())
+        digest.update(
+            picked.to(torch.float64).cpu().numpy().tobytes()
+            if not picked.is_complex()
+            else repr(picked.tolist()).encode()
+        )
     return digest.hexdigest()
 
 
@@ -388,8 +420,14 @@ def _same_graph(a: Program, b: Program) -> bool:
 
 def _check_plan(plan: Plan, profile: Profile) -> None:
     names = tuple(branch.name for branch in profile.meta.branches)
-    if plan.fingerprint != profile.meta.fingerprint or plan.branches != names or plan.timesteps != profile.meta.timesteps:
-        raise PlanError("the plan was not made from this profile (model, branches or timesteps differ). Make it with `omnifx plan`.")
+    if (
+        plan.fingerprint != profile.meta.fingerprint
+        or plan.branches != names
+        or plan.timesteps != profile.meta.timesteps
+    ):
+        raise PlanError(
+            "the plan was not made from this profile (model, branches or timesteps differ). Make it with `omnifx plan`."
+        )
 
 
 @atexit.register

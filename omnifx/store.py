@@ -1,7 +1,7 @@
 """The cache store: who owns which cuts. Caches belong to one stream of one generation, and die with it.
 
-Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. The bytes of a
-stream's caches are known before its first reuse, and all streams together stay under a budget.
+Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. The bytes
+of a stream's caches are known before its first reuse, and all streams together stay under a budget.
 """
 
 from __future__ import annotations

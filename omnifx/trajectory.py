@@ -82,7 +82,7 @@ def curvature(points: Tensor, *, method: CurvatureMethod = "menger", window: int
         raise ConfigError(f"curvature: points have shape {tuple(points.shape)}, expected [S, 2] or [S, 3].")
     if method not in get_args(CurvatureMethod):
         raise ConfigError(f"curvature: method must be one of {list(get_args(CurvatureMethod))}, got {method!r}.")
-    if not isinstance(window, int) or window < 3 or window % 2 == 0:
+    if window < 3 or window % 2 != 1:
         raise ConfigError(f"curvature: window must be an odd number of points >= 3, got {window!r}.")
     path = torch.zeros(len(points), 3, dtype=torch.float64)
     path[:, : points.shape[1]] = points.double()

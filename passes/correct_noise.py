@@ -1,13 +1,14 @@
 """Subtract the predicted cache-induced noise from a reuse step's output: y - F(gamma q).
 
 Before:  ... -> head -> output(y)
-After:   ... -> head -> sub(y, a q + b L q) -> output(y')      with inputs q, (a, b) and one projection L for each grid axis
+After:   ... -> head -> sub(y, a q + b L q) -> output(y')      with inputs q, (a, b) and one projection L for each grid
+axis
 Numerics: approximate, as the plan decides; with a = b = 0 it is bitwise equal to the graph without this pass.
 
-The filter F is a constant separable projection: L q applies, along each axis of the output's grid, the matrix that keeps the
-lowest frequencies of an orthonormal cosine transform. (a, b) = (gamma, 0) subtracts everything, (0, gamma) the low, (gamma,
--gamma) the high frequencies: one graph serves every step, and lowers alike to Inductor, ONNX and TensorRT (small matrix
-products only). Source of the correction: OmniCache, arXiv:2508.16212; the filter's form is ours.
+The filter F is a constant separable projection: L q applies, along each axis of the output's grid, the matrix that
+keeps the lowest frequencies of an orthonormal cosine transform. (a, b) = (gamma, 0) subtracts everything, (0, gamma)
+the low, (gamma, -gamma) the high frequencies: one graph serves every step, and lowers alike to Inductor, ONNX and
+TensorRT (small matrix products only). Source of the correction: OmniCache, arXiv:2508.16212; the filter's form is ours.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,10 @@ class CorrectNoise(Pass):
             noise = insert_input(gm, f"noise_{position}", label=f"noise:{position}", like=fake)
             bases = [
                 insert_input(
-                    gm, f"low_pass_{position}_{axis}", label=f"low_pass:{size}", like=fake.new_empty(size, size, dtype=torch.float32)
+                    gm,
+                    f"low_pass_{position}_{axis}",
+                    label=f"low_pass:{size}",
+                    like=fake.new_empty(size, size, dtype=torch.float32),
                 )
                 for axis, size in enumerate(grid.sizes)
             ]

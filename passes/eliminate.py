@@ -16,7 +16,6 @@ from omnifx.graph import EXTRA_INPUTS, Pass, branches_of, node_flops, nodes_by_n
 aten = torch.ops.aten
 
 
-
 def has_effects(node: fx.Node) -> bool:
     """Whether a node must stay although nobody uses its value: it writes to an input, or checks or reports something.
 

@@ -4,14 +4,14 @@ Before:  a functional ATen graph with shapes (``node.meta["val"]``)
 After:   the same graph; ``gm.meta`` holds an `Analysis`: inputs by role, branches with kinds, cuts, FLOPs and bytes
 Numerics: bitwise equal; the graph is only read.
 
-How. A node is *heavy* if it costs FLOPs and depends on an input that is not a parameter; all others are light. A *trunk path*
-runs through light nodes and never broadcasts its operand. An addition ``a + b`` is a residual add if some node r reaches a on
-a trunk path, and reaches b, but only through heavy nodes: one operand has r for free, the other only by paying FLOPs. The
-latest such r is where the branch leaves the trunk. That rejects rotary embeddings and activations (both sides light), adaLN's
-shift (it does not descend from x), biases and position tables, and sums of experts (both heavy).
-What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its add, never behind the first join
-with a value that does not descend from r (the gate): so caches hold attention and MLP outputs before timestep-only modulation.
-Additions that share heavy nodes or a cut (joint attention) are one branch.
+How. A node is *heavy* if it costs FLOPs and depends on an input that is not a parameter; all others are light. A *trunk
+path* runs through light nodes and never broadcasts its operand. An addition ``a + b`` is a residual add if some node r
+reaches a on a trunk path, and reaches b, but only through heavy nodes: one operand has r for free, the other only by
+paying FLOPs. The latest such r is where the branch leaves the trunk. That rejects rotary embeddings and activations
+(both sides light), adaLN's shift (it does not descend from x), biases and position tables, and sums of experts (both
+heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its add, never behind
+the first join with a value that does not descend from r (the gate): so caches hold attention and MLP outputs before
+timestep-only modulation. Additions that share heavy nodes or a cut (joint attention) are one branch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx as nx
 import torch
@@ -66,7 +67,9 @@ class FindBranches(Pass):
 
     static: frozenset[int]  # positions of the inputs that are parameters or buffers
     min_share: float = 0.02  # of the median branch's FLOPs: smaller ones wrap the ends of the trunk and are left alone
-    keep_if_nested: float = 0.25  # own share of FLOPs from which a branch around another on the same trunk is one itself
+    keep_if_nested: float = (
+        0.25  # own share of FLOPs from which a branch around another on the same trunk is one itself
+    )
     keep_if_outer: float = 0.5  # own share of FLOPs from which a branch around an inner residual is kept as a whole
 
     def __post_init__(self) -> None:
@@ -77,7 +80,9 @@ class FindBranches(Pass):
     def requires(self, gm: fx.GraphModule) -> None:
         bare = [n.name for n in gm.graph.nodes if n.op == "call_function" and "val" not in n.meta]
         if bare:
-            raise PassError(f"{self.name}: {len(bare)} nodes have no shapes, the first is {bare[0]}. Trace with fake tensors.")
+            raise PassError(
+                f"{self.name}: {len(bare)} nodes have no shapes, the first is {bare[0]}. Trace with fake tensors."
+            )
         output_of(gm)
 
     def call(self, gm: fx.GraphModule) -> bool:
@@ -259,9 +264,10 @@ class _Finder:
     # -- cuts ----------------------------------------------------------------------------------------------------------
 
     def _find_cuts(self, candidates: list[_Candidate]) -> None:
-        """Minimum-bytes vertex cut between the last heavy nodes and the adds: one flow for each connected group of branches."""
+        """Minimum-bytes vertex cut between the last heavy nodes and the adds: one flow for each connected group of
+        branches."""
         sets = self.sets
-        flow = nx.DiGraph()
+        flow: nx.DiGraph[Any] = nx.DiGraph()
         for c in candidates:
             own = sum(1 << h for h in c.own)
             sources = list(sets.members(self.light_ancestors[c.side] & own))
@@ -300,7 +306,7 @@ class _Finder:
             c.cuts = [v for v in sets.members(reach) if v in chosen]
 
     @staticmethod
-    def _add_value(flow: nx.DiGraph, value: int, size: int | None) -> None:
+    def _add_value(flow: nx.DiGraph[Any], value: int, size: int | None) -> None:
         if flow.has_edge((value, "in"), (value, "out")):
             if size is None:  # a value that one branch may not cut is not cut for the other either
                 flow[(value, "in")][(value, "out")].pop("capacity", None)
@@ -332,7 +338,9 @@ class _Finder:
             reason = f"{alive[0]} is also used outside the branch, so reuse would not free it"
         dependence = self._dependence(group)
         if not reason and dependence == "timestep":
-            reason = "depends on the timestep and the conditioning only, not on the latents: cheap, and computed each step"
+            reason = (
+                "depends on the timestep and the conditioning only, not on the latents: cheap, and computed each step"
+            )
         freed = sum(self.flops[i] for i in dead)
         path = _common_path([_module_paths(self.nodes[h]) for h in own])
         return Branch(
@@ -377,9 +385,7 @@ class _Finder:
             sees_itself |= not foreign and is_attention(self.nodes[h])
         if not mixing:
             return "conv" if all(_packet(self.nodes[h]) is aten.convolution for h in own) else "mlp"
-        aside = [
-            h for h in own if not any((sets.ancestors[m] | sets.descendants[m]) >> h & 1 for m in mixing)
-        ]
+        aside = [h for h in own if not any((sets.ancestors[m] | sets.descendants[m]) >> h & 1 for m in mixing)]
         if self._cost(aside) >= 0.25 * self._cost(own):
             return "parallel"
         roots = [c.trunk for c in group]
@@ -404,8 +410,6 @@ class _Finder:
 
     def _name(self, branches: list[Branch]) -> list[Branch]:
         """Unique names; FLOPs shared by several branches are split; what is too small to pay is refused."""
-        from dataclasses import replace
-
         counts: dict[str, int] = defaultdict(int)
         for branch in branches:
             counts[branch.name] += 1
@@ -422,7 +426,11 @@ class _Finder:
         usable = [branch.flops for branch in named if branch.cacheable]
         floor = self.options.min_share * statistics.median(usable) if usable else 0.0
         return [
-            replace(b, cacheable=False, reason=f"only {b.flops:,} FLOPs, under {self.options.min_share:.0%} of the median branch")
+            replace(
+                b,
+                cacheable=False,
+                reason=f"only {b.flops:,} FLOPs, under {self.options.min_share:.0%} of the median branch",
+            )
             if b.cacheable and b.flops < floor
             else b
             for b in named
@@ -447,14 +455,14 @@ class _Finder:
         return {name: round(cost) for name, cost in costs.items()}
 
 
-def _minimum_cut(flow: nx.DiGraph) -> set[int]:
+def _minimum_cut(flow: nx.DiGraph[Any]) -> set[int]:
     """The values of the minimum cut that lies nearest to the sink; empty if no finite cut exists."""
     try:
         residual = nx.algorithms.flow.preflow_push(flow, "source", "sink", value_only=False)
     except nx.NetworkXUnbounded:
         return set()
-    reaches_sink = {"sink"}
-    work = ["sink"]
+    reaches_sink: set[Any] = {"sink"}
+    work: list[Any] = ["sink"]
     while work:
         node = work.pop()
         for before in residual.predecessors(node):

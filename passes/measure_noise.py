@@ -2,8 +2,9 @@
 
 Before:  x -> trunk -> branch (the cut) -> mul(gate) -> add(trunk) -> head -> output(y)
 After:   the same, and cached_cut (an input) -> mul(gate) -> add(trunk) -> head -> y' ; output(y, y' - y)
-Numerics: bitwise equal for the outputs that were there; q is *close* (1e-5 relative in float32) to running the reuse graph on
-its own. Everything that does not descend from a cut (embeddings, gates, the trunk's start) is shared, not computed twice.
+Numerics: bitwise equal for the outputs that were there; q is *close* (1e-5 relative in float32) to running the reuse
+graph on its own. Everything that does not descend from a cut (embeddings, gates, the trunk's start) is shared, not
+computed twice.
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ class MeasureNoise(Pass):
                 for parent in node.all_input_nodes:
                     if parent in cuts and parent not in replayed:
                         label = f"cut:{parent.name}"
-                        replayed[parent] = insert_input(gm, f"cached_{parent.name}", label=label, like=parent.meta["val"])
+                        replayed[parent] = insert_input(
+                            gm, f"cached_{parent.name}", label=label, like=parent.meta["val"]
+                        )
                 copied = gm.graph.node_copy(node, lambda n: replayed.get(n, n))
                 copied.meta = dict(node.meta)
                 replayed[node] = copied
@@ -78,7 +81,9 @@ class MeasureNoise(Pass):
     def ensures(self, gm: fx.GraphModule) -> None:
         labels = gm.meta.get(EXTRA_OUTPUTS, ())
         if self.branches and not any(label.startswith("noise:") for label in labels):
-            raise PassError(f"{self.name}: no output depends on the branches {list(self.branches)}, so no noise can be measured.")
+            raise PassError(
+                f"{self.name}: no output depends on the branches {list(self.branches)}, so no noise can be measured."
+            )
 
 
 def noisy_outputs(gm: fx.GraphModule, branches: tuple[str, ...]) -> list[int]:

@@ -36,8 +36,12 @@ class VariantSpec:
     def label(self) -> str:
         """A short name for dumps and tables: full, reuse, or the number of reused branches, with its extras."""
         computed = self.row.count(COMPUTE)
-        base = "full" if computed == len(self.row) else ("reuse" if not computed else f"reuse{len(self.row) - computed}")
-        extras = [word for word, on in (("write", self.writes), ("measure", self.measures), ("correct", self.corrects)) if on]
+        base = (
+            "full" if computed == len(self.row) else ("reuse" if not computed else f"reuse{len(self.row) - computed}")
+        )
+        extras = [
+            word for word, on in (("write", self.writes), ("measure", self.measures), ("correct", self.corrects)) if on
+        ]
         return "+".join([base, *extras])
 
 

@@ -35,4 +35,3 @@ class ReadCuts(Pass):
         nodes = nodes_by_name(gm)
         if used := [name for name in cuts_of(gm, self.branches) if name in nodes and nodes[name].users]:
             raise PassError(f"{self.name}: the cuts {used} are still used after they were replaced.")
-

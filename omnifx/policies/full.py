@@ -18,6 +18,7 @@ class Full(Policy):
     """Every branch computed at every step."""
 
     name: ClassVar[str] = "full"
+    most_speedup: ClassVar[float] = 1.0
     needs_profile: ClassVar[bool] = False
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:

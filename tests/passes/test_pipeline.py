@@ -1,0 +1,102 @@
+"""The pipeline: which passes make a variant, and in which order."""
+
+import pytest
+import torch
+from tests.toys import gated, noise, toy, toy_inputs, trace
+
+from omnifx.graph import graph_text, run_passes
+from omnifx.passes.pipeline import VariantSpec, pipeline
+from omnifx.plan import COMPUTE, REUSE
+
+BOTH = ("attn", "mlp")
+
+
+def names(spec: VariantSpec) -> list[str]:
+    return [step.name for step in pipeline(spec, ())]
+
+
+@pytest.mark.parametrize(
+    ("spec", "passes", "label"),
+    [
+        (VariantSpec(BOTH, (COMPUTE, COMPUTE), writes=BOTH), ["WriteCuts", "Eliminate"], "full+write"),
+        (
+            VariantSpec(BOTH, (COMPUTE, COMPUTE), writes=BOTH, measures=True),
+            ["MeasureNoise", "WriteCuts", "Eliminate"],
+            "full+write+measure",
+        ),
+        (VariantSpec(BOTH, (REUSE, REUSE), writes=()), ["ReadCuts", "Eliminate"], "reuse"),
+        (
+            VariantSpec(BOTH, (REUSE, REUSE), writes=(), corrects=True),
+            ["CorrectNoise", "ReadCuts", "Eliminate"],
+            "reuse+correct",
+        ),
+        (VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)), ["ReadCuts", "WriteCuts", "Eliminate"], "reuse1+write"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_variant_has_its_passes_in_order(spec: VariantSpec, passes: list[str], label: str) -> None:
+    assert names(spec) == passes
+    assert spec.label == label
+
+
+def test_a_row_reads_what_it_reuses() -> None:
+    assert VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)).reads == ("attn",)
+
+
+def test_dumps_hold_the_graph_before_and_after_each_pass(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    traced = gated()
+    monkeypatch.setenv("OMNIFX_DUMP", str(tmp_path))
+
+    seconds = run_passes(traced.gm, pipeline(VariantSpec(("branch.mlp",), (REUSE,), writes=()), ()), label="reuse")
+
+    assert list(seconds) == ["ReadCuts", "Eliminate"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"reuse.0{i}_{name}.{when}.txt" for i, name in enumerate(["ReadCuts", "Eliminate"])
+        for when in ("after", "before")
+    ]
+    assert "cached_unsqueeze_2" in (tmp_path / "reuse.01_Eliminate.after.txt").read_text()
+
+
+@pytest.mark.parametrize("measures", [False, True])
+def test_every_mixed_row_fed_its_own_cuts_computes_the_same_bits(measures: bool) -> None:
+    traced = trace(toy(2), *toy_inputs())
+    program = traced.program()
+    full = program.variant(program.full(measures=measures))
+    zeros = [torch.zeros(tuple(value.shape)) for value in full.extra_values]
+    outputs = full.run([*traced.inputs, *zeros])
+    cuts = dict(zip(full.extra_outputs, outputs[program.num_outputs :], strict=True))
+    assert torch.equal(outputs[0], traced.run()[0])
+
+    for bits in range(1, 2 ** len(program.names)):
+        row = tuple(REUSE if bits >> i & 1 else COMPUTE for i in range(len(program.names)))
+        variant = program.variant(program.reusing(row, corrects=False))
+        again = variant.run([*traced.inputs, *(cuts[label] for label in variant.extra_inputs)])
+        assert torch.equal(again[0], outputs[0]), row
+        for label, value in zip(variant.extra_outputs, again[1:], strict=True):
+            assert torch.equal(value, cuts[label]), (row, label)
+
+
+def test_the_captured_graph_is_never_changed() -> None:
+    traced = trace(toy(1), *toy_inputs())
+    program = traced.program()
+    before = graph_text(program.gm)
+
+    for spec in (program.plain, program.full(measures=True), program.reusing(program.reuse_row, corrects=True)):
+        program.variant(spec)
+
+    assert graph_text(program.gm) == before
+
+
+def test_a_correcting_variant_subtracts_the_noise_it_is_given() -> None:
+    traced = trace(toy(1), *toy_inputs())
+    program = traced.program()
+    variant = program.variant(program.reusing(program.reuse_row, corrects=True))
+    plain = program.variant(program.reusing(program.reuse_row, corrects=False))
+    q = noise(1, 4, 8, 8, seed=3)
+    cuts = {label: noise(1, 16, 32, seed=i) for i, label in enumerate(plain.extra_inputs)}
+    given = {"coefficients": torch.tensor([0.5, 0.0]), "noise:0": q, "low_pass:8": torch.eye(8)} | cuts
+
+    corrected = variant.run([*traced.inputs, *(given[label] for label in variant.extra_inputs)])[0]
+
+    base = plain.run([*traced.inputs, *(given[label] for label in plain.extra_inputs)])[0]
+    assert torch.allclose(corrected, base - 0.5 * q, atol=1e-6)
