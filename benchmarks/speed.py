@@ -1,6 +1,6 @@
 """Measured time against plain ``torch.compile``: whole generations, one full step, and compilation.
 
-    python -m benchmarks.speed [--models pixart dit] [--steps 20] [--repeats 5] [--threads 1] [--out FILE]
+    python -m benchmarks.speed [--models pixart dit] [--steps 50] [--repeats 5] [--threads 1] [--out FILE]
 
 Generations are timed in turn (plain, omnifx, plain, ...) in one process, and ratios are taken pair by pair, so that a
 machine whose speed drifts does not decide. Compile times come from fresh processes with empty Inductor caches, as CPU
@@ -148,7 +148,7 @@ def main() -> None:
     """Run all three measurements and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["pixart", "dit"], choices=sorted(CASES))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--step-repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)

@@ -69,13 +69,15 @@ class Watched:
     @classmethod
     def of(cls, value: Any) -> Watched:
         """Take note of a value now."""
+        if isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()  # such tensors count no versions: only their content can tell
         return cls(value, _version(value))
 
     def same(self, other: Watched) -> bool:
         """Whether both are the same memory, unchanged, or equal in content."""
         a, b = self.tensor, other.tensor
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            return bool(a == b)
+            return type(a) is type(b) and bool(a == b)
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         same_memory = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.device == b.device

@@ -15,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -73,8 +74,8 @@ def plan_figure(plan: Plan, profile: Profile | None = None) -> Figure:
     """
     if profile is not None and profile.meta.timesteps != plan.timesteps:
         raise ConfigError(
-            f"plan_figure: the plan has {len(plan.timesteps)} steps from {plan.timesteps[0]:g}, the profile {profile.num_steps} "
-            f"from {profile.meta.timesteps[0]:g}. Give the profile that the plan was made from."
+            f"plan_figure: the plan has {len(plan.timesteps)} steps from {plan.timesteps[0]:g}, the profile "
+            f"{profile.num_steps} from {profile.meta.timesteps[0]:g}. Give the profile that the plan was made from."
         )
     kinds = kinds_of_steps(plan)
     figure = _figure(5.0 if profile is not None else 2.1)
@@ -102,7 +103,8 @@ def plan_figure(plan: Plan, profile: Profile | None = None) -> Figure:
     if profile is not None:
         handles.append(Line2D([], [], color=_INK, lw=1.4, label="curvature"))
     figure.suptitle(
-        f"{plan.model}, policy {plan.policy}: {len(kinds)} steps, {plan.num_reuse_steps} reuse, {plan.speedup:.2f}x fewer FLOPs",
+        f"{plan.model}, policy {plan.policy}: {len(kinds)} steps, {plan.num_reuse_steps} reuse, "
+        f"{plan.speedup:.2f}x fewer FLOPs",
         fontsize=13,
         color=_INK,
     )
@@ -119,7 +121,7 @@ class Samples:
 
 
 def samples_figure(
-    reference: Samples, others: Sequence[Samples], *, amplify: float | None = None, columns: int = 5, most: int = 30
+    reference: Samples, others: Sequence[Samples], *, amplify: float | None = None, columns: int = 5, most: int = 20
 ) -> Figure:
     """Samples side by side: the reference, and each other set with its difference from the reference.
 
@@ -151,8 +153,8 @@ def samples_figure(
         panels.append((f"difference from uncached\namplified {factor:g}x", difference * factor, True))
     rows = -(-shown // columns)
     width = max(WIDTH, 2.6 * len(panels))
-    panel_width = (width - 0.9) / len(panels)
-    figure = _figure(panel_width * rows / columns + 1.3, width)
+    panel_width = (width - 1.9) / len(panels)
+    figure = _figure(panel_width * rows / columns + 0.75, width, gap=0.06)
     axes = [figure.add_subplot(1, len(panels), i + 1) for i in range(len(panels))]
     picture: Any = None
     for axis, (title, images, signed) in zip(axes, panels, strict=True):
@@ -168,7 +170,7 @@ def samples_figure(
     if picture is not None and reference.images.shape[1] == 1:
         bar = figure.colorbar(picture, ax=axes, shrink=0.75, pad=0.01, aspect=30)
         bar.set_ticks([-1, 0, 1], labels=[f"{-1 / factor:g}", "0", f"+{1 / factor:g}"])
-        bar.set_label("difference (images are in -1 to 1)", fontsize=10)
+        bar.set_label("difference\n(images: -1 to 1)", fontsize=10)
     return figure
 
 
@@ -187,8 +189,8 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(height: float, width: float = WIDTH, gap: float = 0.02) -> Figure:
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=gap))
     FigureCanvasAgg(figure)
     return figure
 

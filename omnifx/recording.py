@@ -141,16 +141,17 @@ class Recording:
         return tuple(found)
 
     def varying_inputs(self) -> tuple[int, ...]:
-        """Large inputs, beside the latents, that changed from step to step."""
-        return tuple(
-            i
-            for i in range(len(self.inputs.large))
-            if any(
-                not any(now.reading.large[i].same(before.reading.large[i]) for before in previous)
+        """Large inputs, beside the latents, that change from step to step: at most steps, for one that is overwritten
+        once, in the middle, is still to be the same from then on."""
+        found = []
+        for i in range(len(self.inputs.large)):
+            changes = [
+                any(not any(now.reading.large[i].same(before.reading.large[i]) for before in previous) for now in group)
                 for previous, group in itertools.pairwise(self.groups)
-                for now in group
-            )
-        )
+            ]
+            if 2 * sum(changes) > len(changes):
+                found.append(i)
+        return tuple(found)
 
     def starts_anew(self, reading: Reading) -> bool:
         """Whether a call belongs to a new generation: its timestep is back at the first one, or runs the other way."""

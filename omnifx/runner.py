@@ -76,6 +76,9 @@ class Call:
     correction: Correction | None
     measures: bool
     reason: str
+    cuts: dict[str, Tensor] = field(default_factory=dict)  # held while the call runs, whatever is evicted meanwhile
+    noise: dict[int, Tensor] = field(default_factory=dict)
+    weights: int = 0
 
 
 class Runner:
@@ -163,11 +166,9 @@ class Runner:
         if self.inactive or not self.policy.needs_profile:
             return [program.plain]
         if not self.entries or self.record_only:
+            noise = self.policy.uses_noise
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
-            return [
-                program.full(measures=False),
-                *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows),
-            ]
+            return [program.full(measures=noise), *(program.reusing(row, corrects=noise) for row in rows)]
         specs = []
         for entry in self.entries:
             noise = entry.plan.reads_noise
@@ -187,6 +188,8 @@ class Runner:
         with self._lock:
             self._note_weights(args)
             call = self._decide(reading)
+            call.cuts, call.noise = dict(call.stream.cache.cuts), dict(call.stream.cache.noise)
+            call.weights = self._weights_version
         return self._run(call, reading, args)
 
     def _log_plain(self) -> None:
@@ -278,9 +281,31 @@ class Runner:
         if not entries:
             return None
         self._finish(mark)
+        self._leave_behind(reading, mark)
         stream = self._new_stream(reading, mark, self._siblings(reading, mark))
         stream.entries = entries
         return stream
+
+    def _leave_behind(self, reading: Reading, mark: Marked | None) -> None:
+        """Forget the streams that this call continues in another way than they expect: their next step is not its next.
+
+        Timesteps of one step count are often among those of another, so such a stream could seem to fit again later.
+        """
+        for stream in list(self._streams.values()):
+            if stream.mark is not mark or not stream.entries:
+                continue
+            for e in stream.entries:
+                moves = e.timeline.moves
+                near = mark is not None or reading.moved_from(stream.last) <= largest_move(
+                    moves[min(stream.step + 1, len(moves) - 1)]
+                )
+                if (
+                    near
+                    and not e.timeline.expects(stream.step, reading)
+                    and e.timeline.same_stream(stream.last, reading)
+                ):
+                    self._drop(stream.key)
+                    break
 
     def _siblings(self, reading: Reading, mark: Marked | None) -> GenerationLog | None:
         """The generation that a first step belongs to as a further stream: equal latents, also at its first step."""
@@ -337,6 +362,7 @@ class Runner:
                 return Call(stream, self.program.compute_row, None, stream.entries[0].plan.reads_noise, "")
         if mark not in self._recorded:
             self._recorded[mark] = (Recording(self.program.analysis.inputs), [])
+        self._leave_behind(reading, mark)
         recording, streams = self._recorded[mark]
         number = recording.stream_of(reading)
         if number == len(streams):
@@ -408,37 +434,37 @@ class Runner:
             variant = self._compiled(spec)
         keep = self._kept_latents(call, args)
         extra = self._extra_inputs(variant, call)
-        knows_old = all(cut in stream.cache.cuts for cut in program.cut_values)
+        knows_old = all(cut in call.cuts for cut in program.cut_values)
         outputs = variant.run([*args, *extra])
         replayed = {}
         if REUSE not in call.row and call.measures and knows_old and not variant.spec.measures:
-            replayed = self._replay(stream, args, outputs)
+            replayed = self._replay(call, args, outputs)
         noise = self._store_outputs(variant, call, outputs[program.num_outputs :], knows_old)
         if replayed:
-            stream.cache.noise.update(replayed)
+            self._keep(stream, {}, replayed)
             stream.has_noise = True
             noise = replayed.get(program.main_output) if program.main_output is not None else None
         if REUSE not in call.row:
-            self._warm_up(stream, args, outputs)
+            self._warm_up(call, args, outputs)
         args.clear()
         self._after(call, variant, reading, keep, outputs, noise)
         return outputs[: program.num_outputs]
 
-    def _replay(self, stream: Stream, args: list[Any], outputs: Sequence[Any]) -> dict[int, Tensor]:
+    def _replay(self, call: Call, args: list[Any], outputs: Sequence[Any]) -> dict[int, Tensor]:
         """Noise of a full step whose graph does not measure it: run the reuse variant on the old cuts, and subtract."""
         program = self.program
         lean = program.reusing(program.reuse_row, corrects=False)
         variant = self._compiled(
             lean if lean in program.variants else program.reusing(program.reuse_row, corrects=True)
         )
-        again = variant.run([*args, *self._uncorrected_inputs(variant, stream)])
+        again = variant.run([*args, *self._uncorrected_inputs(variant, call)])
         return {i: again[i] - outputs[i] for i in program.noisy}
 
     @staticmethod
-    def _uncorrected_inputs(variant: Variant, stream: Stream) -> list[Tensor]:
-        """The stream's cuts, and zeros for all that a correction would read."""
+    def _uncorrected_inputs(variant: Variant, call: Call) -> list[Tensor]:
+        """The call's cuts, and zeros for all that a correction would read."""
         return [
-            stream.cache.cuts[label.partition(":")[2]] if label.startswith("cut:") else _zeros_like(fake)
+            call.cuts[label.partition(":")[2]] if label.startswith("cut:") else _zeros_like(fake)
             for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True)
         ]
 
@@ -465,15 +491,14 @@ class Runner:
         return tensor.detach()
 
     def _extra_inputs(self, variant: Variant, call: Call) -> list[Tensor]:
-        stream = call.stream
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
-                held = stream.cache.cuts.get(name)
+                held = call.cuts.get(name)
                 values.append(_zeros_like(fake) if held is None else held)
             elif kind == "noise":
-                held = stream.cache.noise.get(int(name))
+                held = call.noise.get(int(name))
                 values.append(_zeros_like(fake) if held is None else held)
             elif kind == "coefficients":
                 values.append(self._coefficient_tensor(call, fake.device))
@@ -505,6 +530,7 @@ class Runner:
         stream, program = call.stream, self.program
         fresh = REUSE not in call.row
         main: Tensor | None = None
+        noise: dict[int, Tensor] = {}
         for label, value in zip(variant.extra_outputs, extra, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
@@ -513,15 +539,23 @@ class Runner:
                     value = value.new_empty_strided(expected.shape, expected.stride()).copy_(value)
                 elif not program.lowering.owns_outputs:
                     value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
-                stream.cache.cuts[name] = value
+                call.cuts[name] = value
             elif kind == "noise" and knows_old:
-                stream.cache.noise[int(name)] = value if program.lowering.owns_outputs else value.clone()
+                noise[int(name)] = value if program.lowering.owns_outputs else value.clone()
                 main = value if int(name) == program.main_output else main
+        self._keep(stream, call.cuts, noise)
         if fresh:
-            stream.cache.weights = self._weights_version
+            stream.cache.weights = call.weights
             stream.scale = 1.0
             stream.has_noise = bool(variant.spec.measures and knows_old)
         return main
+
+    def _keep(self, stream: Stream, cuts: dict[str, Tensor], noise: dict[int, Tensor]) -> None:
+        """Let the stream hold these values, unless its cache was evicted."""
+        with self._lock:
+            if self.store.holds(stream.key):
+                stream.cache.cuts.update(cuts)
+                stream.cache.noise.update(noise)
 
     def _after(
         self,
@@ -551,15 +585,15 @@ class Runner:
                 recorder = self._recorder_for(latents, output)
                 stream.recording.add(reading, recorder, recorder.keep(latents, output, noise))
 
-    def _warm_up(self, stream: Stream, args: list[Any], outputs: Sequence[Any]) -> None:
+    def _warm_up(self, call: Call, args: list[Any], outputs: Sequence[Any]) -> None:
         """Compile what the plan will need, and check each reuse variant once: fed this step's own cuts it must
         reproduce it."""
-        program = self.program
+        program, stream = self.program, call.stream
         for row in {row for e in stream.entries for row in e.plan.variants if REUSE in row}:
             self._compiled(program.reusing(row, corrects=self._corrects(stream, row)))
         for variant in [v for v in program.variants.values() if REUSE in v.spec.row and not v.checked]:
             variant.checked = True
-            again = variant.run([*args, *self._uncorrected_inputs(variant, stream)])
+            again = variant.run([*args, *self._uncorrected_inputs(variant, call)])
             for i in program.noisy:
                 true, got = outputs[i].float(), again[i].float()
                 error = float((got - true).norm() / true.norm().clamp_min(1e-30))

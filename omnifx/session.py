@@ -20,6 +20,7 @@ import diffusers
 import platformdirs
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.clock import Marked, mark, marked_for
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
@@ -101,7 +102,8 @@ class Session:
             self.tell(reason)
         self.runners.append(runner)
         if not runner.inactive:
-            self._load_profiles(runner)
+            with unset_fake_temporarily():  # a capture is under way, and would read the file as fake tensors
+                self._load_profiles(runner)
         return runner
 
     def _budget(self, device: torch.device) -> int:

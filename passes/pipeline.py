@@ -9,6 +9,7 @@ from omnifx.grid import Grid
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.measure_noise import MeasureNoise
+from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.read_cuts import ReadCuts
 from omnifx.passes.write_cuts import WriteCuts
 from omnifx.plan import COMPUTE, REUSE, Row
@@ -56,5 +57,7 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...]) -> tuple[Pa
         passes.append(ReadCuts(branches=spec.reads))
     if spec.writes:
         passes.append(WriteCuts(branches=spec.writes))
-    passes.append(Eliminate(freed=spec.reads))  # last: what reading the cuts left behind
+    passes.append(Eliminate(freed=spec.reads))  # what reading the cuts left behind
+    if spec.reads:
+        passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
     return tuple(passes)

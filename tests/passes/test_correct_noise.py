@@ -14,7 +14,9 @@ NO_GRID = ((0, Grid((1, 4, 8), ())),)
 TOY_GRID = Grid((1, 4, 8, 8), (2, 3))
 
 
-def corrected_toy(coefficients: tuple[float, float], q: torch.Tensor, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
+def corrected_toy(
+    coefficients: tuple[float, float], q: torch.Tensor, cutoff: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The toy's output without and with the correction."""
     traced = trace(toy(1), *toy_inputs())
     copy = clone(traced.gm)

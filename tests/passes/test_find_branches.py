@@ -47,7 +47,9 @@ class Model(nn.Module):
         return self.function(self, *args)
 
 
-def found(function: Callable[..., Any], *, x: Tensor | None = None, extra: tuple[Tensor, ...] = (), **modules: nn.Module) -> Traced:
+def found(
+    function: Callable[..., Any], *, x: Tensor | None = None, extra: tuple[Tensor, ...] = (), **modules: nn.Module
+) -> Traced:
     """Branches of ``function(model, x [1, 16, 16], t [1], *extra)``."""
     x = noise(1, 16, 16) if x is None else x
     return trace(lively(Model(function, **modules)), x, torch.tensor([0.5]), *extra)
@@ -82,7 +84,9 @@ def test_the_branches_of_real_models_are_all_found(name: str) -> None:
         path.removesuffix(".proj_out") for path in _in_graph_order(name, tiny.modules)
     ]
     assert analysis.reuse_flops / analysis.flops == pytest.approx(REUSE_SHARE[name], abs=0.011)
-    assert sum(branch.flops for branch in analysis.branches) == pytest.approx(analysis.flops - analysis.reuse_flops, abs=8)
+    assert sum(branch.flops for branch in analysis.branches) == pytest.approx(
+        analysis.flops - analysis.reuse_flops, abs=8
+    )
     assert analysis.inputs.latents is not None
     assert tuple(traced.inputs[analysis.inputs.latents].shape) == LATENTS_SHAPE[name]
 
@@ -114,7 +118,9 @@ def test_the_toy_has_its_branches_by_name(text: int, kinds: list[str]) -> None:
     traced = trace(toy(3, text=text), *toy_inputs(text=text))
 
     parts = ("attn", "cross", "mlp") if text else ("attn", "mlp")
-    assert [branch.name for branch in traced.analysis.branches] == [f"blocks.{i}.{part}" for i in range(3) for part in parts]
+    assert [branch.name for branch in traced.analysis.branches] == [
+        f"blocks.{i}.{part}" for i in range(3) for part in parts
+    ]
     assert traced.kinds == kinds * 3
     assert all(branch.dependence == "latent" for branch in traced.analysis.branches)
 
@@ -172,7 +178,9 @@ def test_a_cut_never_holds_what_changes_with_the_timestep(gate: Callable[..., An
         new = set(work.pop().all_input_nodes) - ancestors
         ancestors |= new
         work += new
-    timestep = next(node for node in ancestors | set(gm.graph.nodes) if node.name == traced.analysis.inputs.names[_time(traced)])
+    timestep = next(
+        node for node in ancestors | set(gm.graph.nodes) if node.name == traced.analysis.inputs.names[_time(traced)]
+    )
     assert timestep not in ancestors
     assert branch.flops == 2 * 2 * 16 * 16 * 64
 
@@ -202,9 +210,15 @@ NO_BRANCH: dict[str, tuple[Callable[..., Any], dict[str, nn.Module]]] = {
     ),
     "rope": (_rope, {"q": linear(), "out": linear()}),
     "bias": (lambda m, x, t: m.out(m.e(x) + m.out.bias), {"e": linear(), "out": linear()}),
-    "position": (lambda m, x, t: m.out(m.e(x) + m.p(torch.arange(16))), {"e": linear(), "p": nn.Embedding(16, 16), "out": linear()}),
+    "position": (
+        lambda m, x, t: m.out(m.e(x) + m.p(torch.arange(16))),
+        {"e": linear(), "p": nn.Embedding(16, 16), "out": linear()},
+    ),
     "swiglu": (lambda m, x, t: m.d(F.silu(m.g(x)) * m.u(x)), {"g": linear(), "u": linear(), "d": linear()}),
-    "lora": (lambda m, x, t: m.o(F.gelu(m.w(x) + m.b(m.a(x)))), {"w": linear(), "a": linear(16, 4), "b": linear(4, 16), "o": linear()}),
+    "lora": (
+        lambda m, x, t: m.o(F.gelu(m.w(x) + m.b(m.a(x)))),
+        {"w": linear(), "a": linear(16, 4), "b": linear(4, 16), "o": linear()},
+    ),
     "experts": (_experts, {"one": linear(), "two": linear(), "router": linear(16, 2), "out": linear()}),
     "no_addition": (lambda m, x, t: m.b(F.gelu(m.a(x))), {"a": linear(), "b": linear()}),
 }
@@ -221,12 +235,20 @@ def test_additions_that_are_no_residuals_are_left_alone(name: str) -> None:
     ("function", "modules"),
     [
         (lambda m, x, t: x + m.d(F.silu(m.g(x)) * m.u(x)), {"g": linear(), "u": linear(), "d": linear()}),
-        (lambda m, x, t: x + m.o(F.gelu(m.w(x) + m.b(m.a(x)))), {"w": linear(), "a": linear(16, 4), "b": linear(4, 16), "o": linear()}),
-        (lambda m, x, t: x + _experts(m, x, t), {"one": linear(), "two": linear(), "router": linear(16, 2), "out": linear()}),
+        (
+            lambda m, x, t: x + m.o(F.gelu(m.w(x) + m.b(m.a(x)))),
+            {"w": linear(), "a": linear(16, 4), "b": linear(4, 16), "o": linear()},
+        ),
+        (
+            lambda m, x, t: x + _experts(m, x, t),
+            {"one": linear(), "two": linear(), "router": linear(16, 2), "out": linear()},
+        ),
     ],
     ids=["swiglu", "lora", "experts"],
 )
-def test_inner_sums_of_a_branch_make_no_branch_of_their_own(function: Callable[..., Any], modules: dict[str, nn.Module]) -> None:
+def test_inner_sums_of_a_branch_make_no_branch_of_their_own(
+    function: Callable[..., Any], modules: dict[str, nn.Module]
+) -> None:
     branch = only(found(function, **modules))
 
     assert (branch.kind, len(branch.cuts), branch.cacheable) == ("mlp", 1, True)
@@ -258,7 +280,10 @@ def test_a_feed_forward_around_an_inner_residual_keeps_both_branches() -> None:
 
 def test_attention_and_mlp_side_by_side_are_two_branches_if_added_apart() -> None:
     traced = found(
-        lambda m, x, t: x + m.attn(m.norm(x)) + m.ff(m.norm(x)), attn=Attention(16, 2), ff=Mlp(16, 64), norm=nn.LayerNorm(16)
+        lambda m, x, t: x + m.attn(m.norm(x)) + m.ff(m.norm(x)),
+        attn=Attention(16, 2),
+        ff=Mlp(16, 64),
+        norm=nn.LayerNorm(16),
     )
 
     assert traced.kinds == ["self_attention", "mlp"]
@@ -274,7 +299,14 @@ def test_attention_and_mlp_side_by_side_are_two_branches_if_added_apart() -> Non
 )
 def test_attention_and_mlp_fused_are_one_parallel_branch(function: Callable[..., Any]) -> None:
     branch = only(
-        found(function, attn=Attention(16, 2), ff=Mlp(16, 64), up=linear(16, 64), out=linear(80, 16), norm=nn.LayerNorm(16))
+        found(
+            function,
+            attn=Attention(16, 2),
+            ff=Mlp(16, 64),
+            up=linear(16, 64),
+            out=linear(80, 16),
+            norm=nn.LayerNorm(16),
+        )
     )
 
     assert (branch.kind, len(branch.cuts)) == ("parallel", 1)
@@ -293,7 +325,10 @@ def test_a_branch_on_the_text_alone_is_invariant() -> None:
 
     traced = found(refine, extra=(noise(1, 5, 2000),), ff=Mlp(2000, 8), attn=Attention(16, 2, context=2000))
 
-    assert [(b.kind, b.dependence) for b in traced.analysis.branches] == [("mlp", "invariant"), ("cross_attention", "latent")]
+    assert [(b.kind, b.dependence) for b in traced.analysis.branches] == [
+        ("mlp", "invariant"),
+        ("cross_attention", "latent"),
+    ]
 
 
 def test_a_long_skip_around_blocks_is_no_branch() -> None:

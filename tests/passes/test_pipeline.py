@@ -24,13 +24,17 @@ def names(spec: VariantSpec) -> list[str]:
             ["MeasureNoise", "WriteCuts", "Eliminate"],
             "full+write+measure",
         ),
-        (VariantSpec(BOTH, (REUSE, REUSE), writes=()), ["ReadCuts", "Eliminate"], "reuse"),
+        (VariantSpec(BOTH, (REUSE, REUSE), writes=()), ["ReadCuts", "Eliminate", "NarrowLinears"], "reuse"),
         (
             VariantSpec(BOTH, (REUSE, REUSE), writes=(), corrects=True),
-            ["CorrectNoise", "ReadCuts", "Eliminate"],
+            ["CorrectNoise", "ReadCuts", "Eliminate", "NarrowLinears"],
             "reuse+correct",
         ),
-        (VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)), ["ReadCuts", "WriteCuts", "Eliminate"], "reuse1+write"),
+        (
+            VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)),
+            ["ReadCuts", "WriteCuts", "Eliminate", "NarrowLinears"],
+            "reuse1+write",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -49,9 +53,10 @@ def test_dumps_hold_the_graph_before_and_after_each_pass(tmp_path, monkeypatch) 
 
     seconds = run_passes(traced.gm, pipeline(VariantSpec(("branch.mlp",), (REUSE,), writes=()), ()), label="reuse")
 
-    assert list(seconds) == ["ReadCuts", "Eliminate"]
+    assert list(seconds) == ["ReadCuts", "Eliminate", "NarrowLinears"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"reuse.0{i}_{name}.{when}.txt" for i, name in enumerate(["ReadCuts", "Eliminate"])
+        f"reuse.0{i}_{name}.{when}.txt"
+        for i, name in enumerate(["ReadCuts", "Eliminate", "NarrowLinears"])
         for when in ("after", "before")
     ]
     assert "cached_unsqueeze_2" in (tmp_path / "reuse.01_Eliminate.after.txt").read_text()

@@ -83,7 +83,9 @@ def test_what_dies_is_what_the_branches_promise() -> None:
 def test_branches_the_model_lacks_are_refused() -> None:
     traced = gated()
 
-    with pytest.raises(PassError, match=r"ReadCuts: the graph has no branches \['blocks.9.attn'\]; it has \['branch.mlp'\]"):
+    with pytest.raises(
+        PassError, match=r"ReadCuts: the graph has no branches \['blocks.9.attn'\]; it has \['branch.mlp'\]"
+    ):
         ReadCuts(branches=("blocks.9.attn",))(traced.gm)
 
 

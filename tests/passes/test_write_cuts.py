@@ -37,7 +37,9 @@ def test_the_outputs_that_were_there_keep_their_bits() -> None:
 def test_branches_the_model_lacks_are_refused() -> None:
     traced = gated()
 
-    with pytest.raises(PassError, match=r"WriteCuts: the graph has no branches \['blocks.9.attn'\]; it has \['branch.mlp'\]"):
+    with pytest.raises(
+        PassError, match=r"WriteCuts: the graph has no branches \['blocks.9.attn'\]; it has \['branch.mlp'\]"
+    ):
         WriteCuts(branches=("blocks.9.attn",))(traced.gm)
 
 
