@@ -8,14 +8,13 @@ the rows that keep the solver; it is unfair to the 2nd-order solver, which goes 
 500 held-out digits; it spreads by about .4 over seeds) and class consistency are guards, not rankings.
 
 FLOPs count what each step really ran, the replay that measures noise included. Seconds are CPU seconds of the process
-on one thread, so that other users of the machine do not decide: uncached over this row, in turn on the same batches,
-the median over all batches but the first, which compiles.
+on one thread, so that other users of the machine decide less: the least over the batches, which run in turn, uncached
+over this row; the first batch compiles, and does not count.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,8 +76,8 @@ class Evenly(Policy):
 
 
 def evenly_spread(num_steps: int, num_full: int) -> frozenset[int]:
-    """`num_full` of `num_steps` steps, step 0 among them; the gaps differ by at most one."""
-    return frozenset(i * num_steps // num_full for i in range(num_full))
+    """`num_full` of `num_steps` steps, step 0 among them: the nearest to equal gaps, so that no end is favoured."""
+    return frozenset((2 * i * num_steps + num_full) // (2 * num_full) for i in range(num_full))
 
 
 def same_reuses_as(plan: Plan, profile: Profile) -> tuple[str, Policy]:
@@ -142,7 +141,11 @@ class Method:
     plan: Plan | None = None  # None: not through omnifx
     samples: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    base_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def warm_seconds(self) -> float | None:
+        """Least CPU seconds of a generation; the first one does not count, for it compiled."""
+        return min(self.seconds[1:], default=None)
 
 
 def calibrate(case: Case, *, steps: int, lowering: str, taken: Sequence[int]) -> Profile:
@@ -225,17 +228,15 @@ def measure(
         seeds, labels = range(first, first + batch), labels_of(samples)[first : first + batch]
         for number, group in enumerate(groups):
             tick("uncached")
-            base, base_seconds = timed(case, uncached, seeds, labels)
+            images, seconds = timed(case, uncached, seeds, labels)
+            uncached.seconds.append(seconds)
             if number == 0:  # again before every group for its seconds only
-                uncached.samples.append(base)
-            uncached.seconds.append(base_seconds)
-            uncached.base_seconds.append(base_seconds)
+                uncached.samples.append(images)
             for method in group:
                 tick(method.label)
                 images, seconds = timed(case, method, seeds, labels)
                 method.samples.append(images)
                 method.seconds.append(seconds)
-                method.base_seconds.append(base_seconds)
     return uncached
 
 
@@ -250,7 +251,7 @@ def row_of(method: Method, uncached: Method, labels: Tensor, classifier: Classif
     """One line of the table. Raises RuntimeError if a step ran otherwise than planned."""
     full, reuse, ratio = calls_of(method, uncached)
     quality = evaluate(torch.cat(method.samples), torch.cat(uncached.samples), labels, classifier, real)
-    pairs = list(zip(method.base_seconds, method.seconds, strict=True))[1:]  # the first batch compiled
+    base, ours = uncached.warm_seconds, method.warm_seconds
     same = method is uncached
     return {
         "speedup": method.asked,
@@ -258,7 +259,7 @@ def row_of(method: Method, uncached: Method, labels: Tensor, classifier: Classif
         "steps": method.steps,
         "full/reuse": f"{full}/{reuse}",
         "FLOPs ratio": ratio,
-        "time ratio": statistics.median(base / ours for base, ours in pairs) if pairs else None,
+        "time ratio": base / ours if base and ours else None,
         "PSNR dB": None if same else quality.psnr,
         "p10 dB": None if same else quality.psnr_p10,
         "SSIM": quality.ssim,
@@ -338,7 +339,7 @@ def measure_case(
         "samples": samples,
         "batch": batch,
         "lowering": lowering,
-        "uncached CPU s": statistics.median(uncached.seconds[1:]) if uncached.seconds[1:] else None,
+        "uncached CPU s": uncached.warm_seconds,
         "calibration": {"runs": CALIBRATION_RUNS, "samples per run": CALIBRATION_BATCH, "decisions": decisions},
         "rows": rows,
         "policy_options": OmniCache().options,

@@ -108,6 +108,8 @@ class Reading:
     """Whether the latents hold neither NaN nor infinity."""
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of all inputs that are not parameters."""
+    probes: tuple[float, ...] = ()
+    """Sampled elements of the weights."""
 
     def moved_from(self, other: Reading) -> float:
         """``||x - x'|| / ||x'||`` over the sampled elements."""
@@ -122,8 +124,8 @@ class Reader:
         self.inputs = inputs
         self._places: dict[tuple[int, torch.device], Tensor] = {}
 
-    def read(self, args: Sequence[Any]) -> Reading:
-        """Read the inputs of a call."""
+    def read(self, args: Sequence[Any], probes: Sequence[Tensor] = ()) -> Reading:
+        """Read the inputs of a call, and with them the values of some scalars of one type (samples of the weights)."""
         parts: list[Tensor] = []
         sizes: list[int] = []
         plain: dict[int, tuple[float, ...]] = {}
@@ -142,6 +144,8 @@ class Reader:
             places = self._places_of(flat.numel(), flat.device)
             count = places.numel()
             parts += [flat[places].to(torch.float64), flat.sum(dtype=torch.float32).to(torch.float64)[None]]
+        if probes:
+            parts.append(torch.stack(list(probes)).to(torch.float64))
         devices = {part.device for part in parts}
         if len(devices) > 1:
             values = [v for part in parts for v in part.tolist()]
@@ -158,11 +162,13 @@ class Reader:
                 at += size
         sample = tuple(values[at : at + count])
         total = values[at + count] if count else 0.0
+        rest = values[at + count + bool(count) :]
         return Reading(
             small=tuple(small),
             large=tuple(Watched.of(args[i]) for i in self.inputs.large),
             sample=sample,
             finite=math.isfinite(total),
+            probes=tuple(rest),
             shapes=tuple(
                 tuple(args[i].shape) if isinstance(args[i], Tensor) else (int(args[i]),)
                 for i in (

@@ -10,6 +10,7 @@ import itertools
 import operator
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ from omnifx.runlog import GenerationLog, Log, StepLog
 from omnifx.store import CacheStore, StreamCache
 
 _keys = itertools.count(1)
+
+NUM_PROBES = 64
+"""Weights of which one element is read at every call, with the timestep."""
 
 _VERSION = operator.attrgetter("_version")
 
@@ -133,6 +137,8 @@ class Runner:
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._weights: tuple[list[int], list[int]] = ([], [])
         self._weights_version = 0
+        self._probes: list[Tensor] = []
+        self._probed: tuple[float, ...] = ()
         self._coefficients: dict[tuple[float, float], Tensor] = {}
         self._low_pass: dict[tuple[int, float], Tensor] = {}
         self._refused_plan = ""
@@ -184,9 +190,10 @@ class Runner:
         if self.inactive or not self.policy.needs_profile:
             self._log_plain()
             return self.program.variant(self.program.plain).run(args)
-        reading = self.reader.read(args)
         with self._lock:
             self._note_weights(args)
+            reading = self.reader.read(args, self._probes)
+            self._compare_probes(reading)
             call = self._decide(reading)
             call.cuts, call.noise = dict(call.stream.cache.cuts), dict(call.stream.cache.noise)
             call.weights = self._weights_version
@@ -203,11 +210,19 @@ class Runner:
         weights = [args[i] for i in self.program.analysis.inputs.static]
         try:
             versions = list(map(_VERSION, weights))
-        except RuntimeError:  # made under inference_mode: such tensors count no versions
-            versions = []
+        except RuntimeError:  # tensors made under inference_mode count no versions
+            versions = [-1 if weight.is_inference() else weight._version for weight in weights]
         now = (list(map(Tensor.data_ptr, weights)), versions)
         if now != self._weights:
+            if now[0] != self._weights[0]:
+                self._probes = _scalars_of(weights)
             self._weights = now
+            self._weights_version += 1
+
+    def _compare_probes(self, reading: Reading) -> None:
+        """Count up when sampled weights changed: ``weight.data += delta`` changes neither pointers nor versions."""
+        if reading.probes != self._probed:
+            self._probed = reading.probes
             self._weights_version += 1
 
     def _decide(self, reading: Reading) -> Call:
@@ -447,7 +462,7 @@ class Runner:
         if REUSE not in call.row:
             self._warm_up(call, args, outputs)
         args.clear()
-        self._after(call, variant, reading, keep, outputs, noise)
+        self._after(call, variant, reading, keep, outputs, noise, program.analysis.reuse_flops if replayed else 0)
         return outputs[: program.num_outputs]
 
     def _replay(self, call: Call, args: list[Any], outputs: Sequence[Any]) -> dict[int, Tensor]:
@@ -565,17 +580,14 @@ class Runner:
         latents: Tensor | None,
         outputs: Sequence[Any],
         noise: Tensor | None,
+        replayed_flops: int,
     ) -> None:
         stream, program = call.stream, self.program
         with self._lock:
-            compute = variant.flops / program.analysis.flops if program.analysis.flops else 1.0
-            log = StepLog(
-                stream.step, stream.number, variant.spec.label, call.reason, compute if REUSE in call.row else 1.0
-            )
-            stream.log.steps.append(log)
-            stream.log.peak_cache_bytes = max(
-                stream.log.peak_cache_bytes, self.store.held_bytes if len(stream.log.steps) < 4 else 0
-            )
+            spent = (variant.flops + replayed_flops) / max(1, program.analysis.flops)
+            stream.log.steps.append(StepLog(stream.step, stream.number, variant.spec.label, call.reason, spent))
+            if REUSE not in call.row:
+                stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
             if stream.entries:
                 self.following = True
                 if stream.step + 1 >= max(len(e.timeline.timesteps) for e in stream.entries):
@@ -610,6 +622,17 @@ class Runner:
             budget, axis = self.record_budget, self.program.frame_axis
             self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
         return self._recorders[key]
+
+
+def _scalars_of(weights: list[Tensor]) -> list[Tensor]:
+    """Views of one element of each of up to NUM_PROBES weights of the commonest type and device, evenly spread."""
+    kinds = Counter((w.dtype, w.device) for w in weights if w.dim() >= 2 and w.is_floating_point())
+    if not kinds:
+        return []
+    kind = kinds.most_common(1)[0][0]
+    usable = [w for w in weights if w.dim() >= 2 and (w.dtype, w.device) == kind and w.is_contiguous()]
+    picked = usable[:: -(-len(usable) // NUM_PROBES) or 1]
+    return [w.detach().view(-1)[w.numel() // 2] for w in picked if w.numel()]
 
 
 def _zeros_like(fake: Tensor) -> Tensor:

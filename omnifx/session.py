@@ -104,7 +104,18 @@ class Session:
         if not runner.inactive:
             with unset_fake_temporarily():  # a capture is under way, and would read the file as fake tensors
                 self._load_profiles(runner)
+                self._share_plans(runner)
         return runner
+
+    def _share_plans(self, runner: Runner) -> None:
+        """Let a graph that was captured again (for another batch size, say) follow what the session knows already."""
+        for entry in [entry for other in self.runners if other is not runner for entry in reversed(other.entries)]:
+            try:
+                self._check_profile(entry.profile, runner)
+            except ProfileError:
+                continue
+            if all(entry.profile is not known.profile for known in runner.entries):
+                runner.add_profile(entry.profile, entry.plan)
 
     def _budget(self, device: torch.device) -> int:
         budget = self.options.cache_budget

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.toys import noise
 from torch import Tensor
 
 from omnifx.clock import NUM_SAMPLES, Reader, Reading, Timeline, Watched, largest_move, mark, marked_for
 from omnifx.graph import Inputs
+from tests.toys import noise
 
 INPUTS = Inputs(latents=0, small=(1, 2), large=(3,), static=(4,), names=("x", "t", "y", "text", "weight"))
 TIMELINE = Timeline(timesteps=(981.0, 500.0, 1.0), moves=(0.0, 0.1, 0.1), time_inputs=(0,), varying_inputs=())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.toys import EAGER, Mlp, Pattern, ToyDiT, generate, lively, noise, toy
 from torch import Tensor, nn
 
 import omnifx
@@ -16,14 +14,14 @@ from omnifx import errors
 from omnifx.errors import ConfigError, OmnifxError, OmnifxWarning
 from omnifx.plan import Plan
 from omnifx.profile import Profile
+from tests.toys import EAGER, Mlp, Pattern, ToyDiT, generate, lively, noise, toy
 
 STEPS = 7
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh() -> None:
     torch._dynamo.reset()
-    yield
 
 
 @pytest.fixture(scope="module")

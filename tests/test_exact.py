@@ -1,4 +1,4 @@
-"""Exact first: all-compute is the uncached model, a reuse step is the model with old module outputs, own cuts change nothing."""
+"""Exact first: all-compute is the uncached model, reuse is the model with old outputs, own cuts change nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.toys import EAGER, TINY, Reference, Tiny, distance, noise, toy, trace
 
 import omnifx
 from omnifx.plan import REUSE
+from tests.toys import EAGER, TINY, Reference, Tiny, distance, noise, toy, trace
 
 
 def tiny_toy() -> Tiny:
@@ -136,4 +136,4 @@ def test_a_reuse_variant_fed_the_steps_own_cuts_computes_the_same_bits(name: str
         torch.equal(made[0], call(tiny.model, tiny.inputs)) or distance(made[0], call(tiny.model, tiny.inputs)) < 1e-6
     )
     assert torch.equal(again[0], made[0])
-    assert reusing.flops == traced.analysis.reuse_flops
+    assert reusing.flops <= traced.analysis.reuse_flops  # less where narrowed linears compute the gates alone

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.toys import TINY, noise, toy, toy_inputs, trace
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from omnifx.flops import is_attention, node_flops, num_bytes, numel
 from omnifx.graph import total_flops
+from tests.toys import TINY, noise, toy, toy_inputs, trace
 
 
 def traced_flops(function: Callable[..., Any], *args: torch.Tensor) -> int:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.toys import noise
 
 from omnifx.grid import Grid, cosine_basis, low_pass, part_index
 from omnifx.profile import NUM_BANDS, NUM_HALVES
+from tests.toys import noise
 
 
 @pytest.mark.parametrize(

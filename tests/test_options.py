@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.toys import Pattern
 
 from omnifx.errors import ConfigError
 from omnifx.options import Options, parse_bytes
 from omnifx.policies.fora import Fora
+from tests.toys import Pattern
 
 
 def test_everything_is_optional() -> None:

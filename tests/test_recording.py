@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.toys import noise
 
 from omnifx.clock import Reading, Watched
 from omnifx.graph import Inputs
 from omnifx.recording import MOST_CALLS, Recorder, Recording
+from tests.toys import noise
 
 INPUTS = Inputs(latents=0, small=(1, 2), large=(3,), static=(), names=("x", "t", "y", "text"))
 TEXT = torch.zeros(4)

@@ -20,8 +20,8 @@ from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
-from omnifx.capture import state_inputs
 from omnifx.backends.eager import EagerLowering
+from omnifx.capture import state_inputs
 from omnifx.graph import Analysis, analysis_of
 from omnifx.passes.find_branches import FindBranches
 from omnifx.plan import COMPUTE, REUSE, Action, Correction, Plan

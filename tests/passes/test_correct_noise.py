@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.toys import gated, noise, toy, toy_inputs, trace
 
 from omnifx.errors import PassError
 from omnifx.graph import EXTRA_INPUTS, branches_of, clone, graph_text
 from omnifx.grid import Grid, low_pass
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.read_cuts import ReadCuts
+from tests.toys import gated, noise, toy, toy_inputs, trace
 
 NO_GRID = ((0, Grid((1, 4, 8), ())),)
 TOY_GRID = Grid((1, 4, 8, 8), (2, 3))

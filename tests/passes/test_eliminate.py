@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.toys import gated, trace
 from torch import Tensor, nn
 
 from omnifx.errors import PassError
 from omnifx.graph import EXTRA_INPUTS, clone, graph_text, insert_input, node_named
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.read_cuts import ReadCuts
+from tests.toys import gated, trace
 
 
 def test_dead_nodes_and_unread_cache_inputs_go_and_the_models_inputs_stay() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.toys import TINY, Attention, Mlp, Traced, gated, lively, noise, toy, toy_inputs, trace
 from torch import Tensor, nn
 
 from omnifx.errors import ConfigError, PassError
 from omnifx.graph import Branch, analysis_of, dead_without, graph_text, node_named
 from omnifx.passes.find_branches import FindBranches
+from tests.toys import TINY, Attention, Mlp, Traced, gated, lively, noise, toy, toy_inputs, trace
 
 DIT = ["self_attention", "mlp"]
 TEXT = ["self_attention", "cross_attention", "mlp"]
@@ -26,7 +26,7 @@ KINDS = {
     "latte": (TEXT + DIT) * 2,
 }
 REUSE_SHARE = {"dit": 0.13, "pixart": 0.07, "sd3": 0.07, "flux": 0.05, "wan": 0.06, "cogvideox": 0.04, "latte": 0.04}
-LATENTS_SHAPE = {name: (1, 4, 8, 8) for name in ("dit", "pixart", "sd3")} | {
+LATENTS_SHAPE = dict.fromkeys(("dit", "pixart", "sd3"), (1, 4, 8, 8)) | {
     "flux": (1, 16, 8),
     "wan": (1, 4, 2, 8, 8),
     "cogvideox": (1, 2, 4, 8, 8),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.toys import gated, noise, toy, toy_inputs, trace
 
 from omnifx.errors import PassError
 from omnifx.graph import EXTRA_INPUTS, EXTRA_OUTPUTS, branches_of, clone, graph_text, total_flops
@@ -10,6 +9,7 @@ from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.measure_noise import MeasureNoise, noisy_outputs
 from omnifx.passes.read_cuts import ReadCuts
 from omnifx.passes.write_cuts import WriteCuts
+from tests.toys import gated, noise, toy, toy_inputs, trace
 
 
 def test_what_descends_from_the_cut_is_computed_twice_and_the_rest_is_shared() -> None:

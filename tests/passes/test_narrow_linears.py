@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.toys import tiny_dit, trace
 from torch import Tensor, nn
 
 from omnifx.graph import branches_of, clone, graph_text, total_flops
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.read_cuts import ReadCuts
+from tests.toys import tiny_dit, trace
 
 
 class Chunked(nn.Module):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.toys import gated, noise, toy, toy_inputs, trace
 
 from omnifx.graph import graph_text, run_passes
 from omnifx.passes.pipeline import VariantSpec, pipeline
 from omnifx.plan import COMPUTE, REUSE
+from tests.toys import gated, noise, toy, toy_inputs, trace
 
 BOTH = ("attn", "mlp")
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.toys import TINY, Traced, gated, toy, toy_inputs, trace
 
 from omnifx.errors import PassError
 from omnifx.graph import EXTRA_INPUTS, branches_of, clone, graph_text, total_flops
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.read_cuts import ReadCuts
 from omnifx.passes.write_cuts import WriteCuts
+from tests.toys import TINY, Traced, gated, toy, toy_inputs, trace
 
 
 def cuts_by_name(traced: Traced) -> dict[str, torch.Tensor]:

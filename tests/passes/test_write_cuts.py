@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.toys import gated, toy, toy_inputs, trace
 
 from omnifx.errors import PassError
 from omnifx.graph import EXTRA_OUTPUTS, branches_of, clone, graph_text, node_named
 from omnifx.passes.write_cuts import WriteCuts, cuts_of
+from tests.toys import gated, toy, toy_inputs, trace
 
 
 def test_the_cut_is_returned_beside_the_output() -> None:
