@@ -4,8 +4,8 @@ Before:  temb -> addmm(weight [D, 6D]) -> split in 6 -> gate_msa, gate_mlp   (th
 After:   temb -> addmm(weight[:, 2D:3D]) -> gate_msa ; temb -> addmm(weight[:, 5D:6D]) -> gate_mlp
 Numerics: close (1e-6 relative in float32): a narrower matrix product may add up in another order.
 
-In a reuse step the modulation layers are most of the weights that are still read, and two thirds of them are for norms of
-branches that are gone. The weight's slices are views: nothing is copied, and a changed parameter is seen.
+In a reuse step the modulation layers are most of the weights that are still read, and two thirds of them are for norms
+of branches that are gone. The weight's slices are views: nothing is copied, and a changed parameter is seen.
 """
 
 import operator

@@ -126,7 +126,7 @@ def test_statistics_count_what_ran() -> None:
     assert stats.recompilations == 0
     assert stats.cache_bytes == 0  # both generations are over
     assert 0 < stats.peak_cache_bytes <= stats.cache_budget
-    assert stats.generations[0].speedup == 1.0
+    assert 0.5 < stats.generations[0].speedup <= 1.0  # measuring costs a reuse step beside each full one
     assert 2.0 < stats.generations[1].speedup < STEPS / 3
     assert "2 x reuse" in str(stats) or "4 x reuse" in str(stats)
 
