@@ -186,7 +186,13 @@ def methods_of(profile: Profile, *, speedup: float, lowering: str, plain: Any, m
     plans.append(policies[-1][1].plan(profile))
     methods = []
     for (label, policy), plan in zip(policies, plans, strict=True):
-        options = {"policy": policy, "profile": profile, "plan": plan, "profile_cache": False, "lowering": lowering}
+        options: Figures = {
+            "policy": policy,
+            "profile": profile,
+            "plan": plan,
+            "profile_cache": False,
+            "lowering": lowering,
+        }
         compiled = torch.compile(model, backend="omnicache", options=options)
         methods.append(Method(label=label, asked=speedup, model=compiled, steps=steps, plan=plan))
     full = steps - shipped.num_reuse_steps
