@@ -35,6 +35,7 @@ def omnicache(
     session = session_for(model, options, example_inputs)
     if model is not None:
         keep_with(model, session)
+        _guard_identity()
     static, session.names = state_inputs(gm)
     digest = weights_hash([example_inputs[i] for i in static])
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **session.options.inductor}
@@ -67,6 +68,17 @@ def _compile_program(
     for spec in runner.specs_ahead():
         program.variant(spec)
     return runner
+
+
+def _guard_identity() -> None:
+    """Let Dynamo compile anew for another instance of the same class.
+
+    Parameters are inputs, so Dynamo would run one instance's code for all; but profiles, plans and statistics belong to one.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import LocalSource
+
+    install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
 
 
 def _root_module() -> nn.Module | None:

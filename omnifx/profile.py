@@ -86,7 +86,7 @@ class ProfileMeta(BaseModel):
         return 1.0 - saved / self.flops if self.flops else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value; a profile equals itself
 class Profile:
     """What a calibration measured on one model with one sampler.
 
