@@ -73,7 +73,8 @@ def _compile_program(
 def _guard_identity() -> None:
     """Let Dynamo compile anew for another instance of the same class.
 
-    Parameters are inputs, so Dynamo would run one instance's code for all; but profiles, plans and statistics belong to one.
+    Parameters are inputs, so Dynamo would run one instance's code for all; but profiles, plans and statistics belong to
+    one.
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import LocalSource
