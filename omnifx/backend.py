@@ -64,7 +64,8 @@ def _compile_program(
     eager = session.options.lowering == "eager"
     lowering = EagerLowering() if eager else InductorLowering(inputs, arguments)
     program = Program(graph, inputs, static, lowering, budget=session.budget_per_stream(device))
-    runner = session.add_program(program, digest)
+    frame, breaks = _frame()
+    runner = session.add_program(program, digest, frame=frame, breaks=breaks)
     for spec in runner.specs_ahead():
         program.variant(spec)
     return runner
@@ -80,6 +81,17 @@ def _guard_identity() -> None:
     from torch._dynamo.source import LocalSource
 
     install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
+
+
+def _frame() -> tuple[object, bool]:
+    """The code that Dynamo is compiling, and whether this graph of it ends at a graph break."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    translator = InstructionTranslator.current_tx()
+    if translator is None:
+        return None, False
+    reason = getattr(translator.output, "compile_subgraph_reason", None)
+    return translator.f_code, bool(getattr(reason, "graph_break", False))
 
 
 def _root_module() -> nn.Module | None:

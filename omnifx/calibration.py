@@ -69,7 +69,7 @@ def calibrate(
                 )
             if _measured(compiled) == before:
                 raise ProfileError(f"calibrate: run {seed} could not be measured: {'; '.join(session.log.notes)}")
-            profiles.append(next(p for runner in session.runners for p in runner.profiles[-1:]))
+            profiles.append(next(p for conductor in session.conductors for p in conductor.profiles[-1:]))
             bar.advance(task)
     profile = merge(profiles)
     if save is not None:
@@ -126,4 +126,4 @@ def make_plan(
 
 
 def _measured(compiled: object) -> int:
-    return sum(len(runner.profiles) for runner in find_session(compiled).runners)
+    return sum(len(conductor.profiles) for conductor in find_session(compiled).conductors)

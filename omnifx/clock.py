@@ -13,9 +13,8 @@ import contextvars
 import itertools
 import math
 import operator
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +71,14 @@ class Watched:
         if isinstance(value, Tensor) and value.is_inference():
             value = value.clone()  # such tensors count no versions: only their content can tell
         return cls(value, _version(value))
+
+    def unchanged(self, other: Watched) -> bool:
+        """Whether both are the same tensor, not written to in between; content is not read."""
+        a, b = self.tensor, other.tensor
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            same_memory = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+            return same_memory and a.dtype == b.dtype and self.version == other.version and a.device == b.device
+        return type(a) is type(b) and bool(a == b)
 
     def same(self, other: Watched) -> bool:
         """Whether both are the same memory, unchanged, or equal in content."""
@@ -179,6 +186,18 @@ class Reader:
             ),
         )
 
+    def small(self, args: Sequence[Any]) -> tuple[tuple[float, ...], ...]:
+        """The values of the small inputs alone."""
+        values = [args[i] for i in self.inputs.small]
+        tensors = [v.detach().reshape(-1).to(torch.float64) for v in values if isinstance(v, Tensor)]
+        one_device = len({t.device for t in tensors}) == 1
+        read = iter(
+            [tuple(p.tolist()) for p in torch.cat(tensors).cpu().split([t.numel() for t in tensors])]
+            if one_device
+            else [tuple(t.tolist()) for t in tensors]
+        )
+        return tuple(next(read) if isinstance(v, Tensor) else (float(v),) for v in values)
+
     def _places_of(self, size: int, device: torch.device) -> Tensor:
         key = (size, device)
         if key not in self._places:
@@ -187,11 +206,6 @@ class Reader:
             places = torch.randint(size, (count,), generator=generator) if size > count else torch.arange(size)
             self._places[key] = places.to(device)
         return self._places[key]
-
-
-def token_of_thread() -> int:
-    """What stands for the caller of an unmarked call: generations of one thread are told apart by their inputs."""
-    return threading.get_ident()
 
 
 def close(a: float, b: float) -> bool:
@@ -240,23 +254,9 @@ class Timeline:
         )
 
 
-@dataclass
-class Position:
-    """Where the clock believes a stream is."""
-
-    key: int
-    token: object
-    last: Reading
-    step: int
-    plans: list[int] = field(default_factory=list)  # plans that still fit, newest first
-    doubt: str = ""  # why it no longer may reuse
-    generation: int = 0
-
-
 __all__ = [
     "NUM_SAMPLES",
     "Marked",
-    "Position",
     "Reader",
     "Reading",
     "Timeline",
@@ -265,5 +265,4 @@ __all__ = [
     "largest_move",
     "mark",
     "marked_for",
-    "token_of_thread",
 ]

@@ -20,6 +20,8 @@ from omnifx.flops import hint, node_flops, num_bytes, numel, tensors_in
 ANALYSIS = "omnifx_analysis"
 EXTRA_INPUTS = "omnifx_extra_inputs"
 EXTRA_OUTPUTS = "omnifx_extra_outputs"
+CONDITIONS = "omnifx_conditions"
+"""Where `HoistConditions` leaves the graph of what it hoisted."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,7 @@ class BitSets:
 
 __all__ = [
     "ANALYSIS",
+    "CONDITIONS",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
     "Analysis",

@@ -100,6 +100,10 @@ class Plan(BaseModel):
         """The row of actions of each step."""
         return tuple(self.variants[step.variant] for step in self.steps)
 
+    def row_of(self, step: int) -> Row:
+        """The row of actions of one step."""
+        return self.variants[self.steps[step].variant]
+
     @property
     def speedup(self) -> float:
         """FLOPs of an uncached generation over the planned FLOPs; no unit, >= 1."""

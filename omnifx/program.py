@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, fx
 
 from omnifx.backends.lowering import Lowering, Runnable
+from omnifx.conditions import Conditions
 from omnifx.errors import CacheError
 from omnifx.graph import (
+    CONDITIONS,
     EXTRA_INPUTS,
     EXTRA_OUTPUTS,
     Analysis,
     Branch,
     analysis_of,
     clone,
+    float_outputs,
     nodes_by_name,
     num_bytes,
     output_of,
@@ -46,8 +49,22 @@ class Variant:
     """Fake values of the extra inputs: shapes, strides and types that the graph was compiled for."""
     flops: int
     compile_seconds: float
+    conditions: Conditions | None = None
+    """The graph that makes its ``condition:`` inputs."""
     checked: bool = False
     """Whether it was seen to reproduce a full step from that step's own cuts."""
+
+    def feed(self, args: Sequence[Any], values: Mapping[str, Tensor]) -> list[Any]:
+        """The inputs of one run: the model's own, then `values` by label (``cut:<node>``, ...); what is not among them
+        is computed if it is a condition."""
+        missing = {label.partition(":")[2] for label in self.extra_inputs if label not in values}
+        made: dict[str, Tensor] = {}
+        if self.conditions is not None and missing & set(self.conditions.names):
+            made = dict(zip(self.conditions.names, self.conditions.run(list(args)), strict=True))
+        return [
+            *args,
+            *(values[label] if label in values else made[label.partition(":")[2]] for label in self.extra_inputs),
+        ]
 
 
 class Program:
@@ -69,6 +86,8 @@ class Program:
         self.lowering = lowering
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
+        self._reads: dict[VariantSpec, tuple[str, ...]] = {}
+        self._specs: dict[tuple[Row, bool], VariantSpec] = {}
         run_passes(gm, (FindBranches(static=frozenset(static)),), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
@@ -80,6 +99,9 @@ class Program:
             cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
         }
         self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
+        self.writes_inputs = any(
+            node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder" for node in gm.graph.nodes
+        )
         outputs = output_of(gm).args[0]
         self.noisy = noisy_outputs(gm, self.names) if self.names else []
         self.frame_axis = frame_axis(gm, self.analysis)
@@ -88,6 +110,20 @@ class Program:
             for i in self.noisy
         )
         self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
+
+    @property
+    def largest_output(self) -> int | None:
+        """Position of the largest floating-point output; None if there is none."""
+        outputs = output_of(self.gm).args[0]
+        found = [i for i in float_outputs(self.gm) if i < self.num_outputs]
+        return max(found, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
+
+    def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
+        """The cuts that a variant reads, by node name."""
+        if spec not in self._reads:
+            reads = set(spec.reads)
+            self._reads[spec] = tuple(cut for b in self.branches if b.name in reads for cut in b.cuts)
+        return self._reads[spec]
 
     @property
     def compute_row(self) -> Row:
@@ -110,8 +146,12 @@ class Program:
 
     def reusing(self, row: Row, *, corrects: bool) -> VariantSpec:
         """Do `row`; what it computes is returned for later steps."""
+        if (known := self._specs.get((row, corrects))) is not None:
+            return known
         writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
-        return VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
+        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
+        self._specs[row, corrects] = spec
+        return spec
 
     def variant(self, spec: VariantSpec) -> Variant:
         """The compiled variant; compiles it the first time."""
@@ -129,6 +169,7 @@ class Program:
         values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         flops = total_flops(gm)
         run = self.lowering(gm, self.inputs, num_extra_inputs=len(labels))
+        conditions = gm.meta.get(CONDITIONS)
         return Variant(
             spec=spec,
             run=run,
@@ -136,7 +177,17 @@ class Program:
             extra_outputs=tuple(gm.meta.get(EXTRA_OUTPUTS, ())),
             extra_values=tuple(values[len(values) - len(labels) :]),
             flops=flops,
+            conditions=self._lower_conditions(conditions) if conditions is not None else None,
             compile_seconds=time.perf_counter() - start,
+        )
+
+    def _lower_conditions(self, gm: fx.GraphModule) -> Conditions:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        return Conditions(
+            flops=total_flops(gm),
+            names=tuple(label.partition(":")[2] for label in gm.meta[EXTRA_OUTPUTS]),
+            weights=tuple(i for i in self.analysis.inputs.static if placeholders[i].users),
+            run=self.lowering(gm, self.inputs, num_extra_inputs=0),
         )
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:

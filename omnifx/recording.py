@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnifx.clock import Reading, Timeline
 from omnifx.grid import Grid, part_index
-from omnifx.profile import NUM_BANDS, NUM_HALVES, BranchMeta, Profile, ProfileMeta
+from omnifx.profile import NUM_BANDS, NUM_HALVES, BranchMeta, PartMeta, Profile, ProfileMeta
 
 if TYPE_CHECKING:
     from omnifx.graph import Inputs
@@ -44,6 +44,7 @@ class Recorder:
         common = latents.dim() == output.dim()
         shape = tuple(map(min, latents.shape, output.shape)) if common else tuple(output.shape)
         self.comparable = common
+        self.output_shape = tuple(output.shape)
         self.window = tuple(slice(0, size) for size in shape)
         self.grid = Grid.of(shape, frame_axis=frame_axis)
         self.numel = math.prod(shape)
@@ -125,6 +126,12 @@ class Recording:
             self.groups[-1].append(_Call(reading, vectors))
         else:
             self.groups.append([_Call(reading, vectors)])
+
+    def replace_last(self, reading: Reading, recorder: Recorder, vectors: Tensor) -> None:
+        """A later graph of the same call gave the model's output: keep that instead."""
+        if self.groups and self.groups[-1][-1].reading is reading:
+            self.recorder = recorder
+            self.groups[-1][-1].vectors = vectors
 
     def _same_step(self, reading: Reading) -> bool:
         last = self.groups[-1][-1].reading
@@ -209,6 +216,7 @@ class Recording:
         branches: tuple[BranchMeta, ...],
         latent_shape: tuple[int, ...],
         output_shape: tuple[int, ...],
+        parts: tuple[PartMeta, ...] = (),
     ) -> Profile:
         """The profile of this one run; call only if there is no `problem`."""
         assert self.recorder is not None  # there is no problem, so there are calls
@@ -227,6 +235,7 @@ class Recording:
             num_runs=1,
             flops=flops,
             branches=branches,
+            parts=parts,
             latent_shape=latent_shape,
             output_shape=output_shape,
             filter_axes=self.recorder.grid.axes,

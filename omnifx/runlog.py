@@ -10,17 +10,32 @@ from dataclasses import dataclass, field
 MOST_GENERATIONS = 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepLog:
-    """One call of the model."""
+    """One call of the model; where its graph is broken, all parts of that call."""
 
     step: int
     stream: int
     variant: str
     reason: str
     """Why it computed everything although the plan did not ask for it; empty otherwise."""
-    compute: float
-    """FLOPs of this call over those of a full one."""
+    spent: int
+    """FLOPs of this call."""
+    whole: int
+    """FLOPs of one that computes everything once."""
+
+    @property
+    def compute(self) -> float:
+        """FLOPs of this call over those of a full one."""
+        return self.spent / self.whole if self.whole else 1.0
+
+    def add(self, variant: str, reason: str, spent: int, whole: int) -> None:
+        """A further part of the same call."""
+        if variant not in self.variant.split(" & "):
+            self.variant = f"{self.variant} & {variant}" if self.variant else variant
+        self.reason = self.reason or reason
+        self.spent += spent
+        self.whole += whole
 
 
 @dataclass

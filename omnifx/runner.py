@@ -1,88 +1,55 @@
-"""The runner: what happens at a call. The clock finds the step, the plan names the variant, the store hands over the
-caches.
+"""The runner: what happens when a captured graph is called. The conductor decides, the store hands over the caches, a
+variant runs.
 
 Nothing here is traced: Dynamo sees one opaque compiled function, and no graph counts steps.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnifx.clock import Marked, Reader, Reading, Timeline, largest_move
-from omnifx.errors import ConfigError, OmnifxWarning
+from omnifx.clock import Reader, Reading, Watched
+from omnifx.conditions import Table
+from omnifx.conductor import Call, Conductor, Part, watched_inputs
 from omnifx.grid import low_pass
-from omnifx.plan import REUSE, Correction, Plan, Row
+from omnifx.passes.pipeline import VariantSpec
+from omnifx.plan import REUSE, Row
 from omnifx.policy import Policy
-from omnifx.profile import Profile
 from omnifx.program import Program, Variant
-from omnifx.recording import Recorder, Recording
-from omnifx.runlog import GenerationLog, Log, StepLog
-from omnifx.store import CacheStore, StreamCache
-
-_keys = itertools.count(1)
-
-NUM_PROBES = 64
-"""Weights of which one element is read at every call, with the timestep."""
-
-_VERSION = operator.attrgetter("_version")
-
-MOST_STREAMS = 64
-"""Streams that may be under way at once; the oldest one is forgotten first."""
+from omnifx.runlog import Log, StepLog
+from omnifx.weights import WeightWatch
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
 
 
-@dataclass
-class Entry:
-    """A profile and the plan made from it."""
+class Underway(threading.local):
+    """The step that each thread is in, for the parts of a broken graph to find."""
 
-    profile: Profile
-    plan: Plan
-    timeline: Timeline
+    call: Call | None = None
+    conductor: Conductor | None = None
 
 
 @dataclass
-class Stream:
-    """One stream of one generation, while it runs."""
+class Job:
+    """One graph call: a part of a step, and what it holds while it runs, whatever is evicted meanwhile."""
 
-    key: int
-    mark: Marked | None
-    log: GenerationLog
-    number: int
-    cache: StreamCache
-    last: Reading
-    step: int = 0
-    entries: list[Entry] = field(default_factory=list)  # plans that fit so far; empty while recording
-    recording: Recording | None = None
-    doubt: str = ""  # why nothing is reused for the rest of this generation
-    scale: float = 1.0  # what the last known noise is multiplied by
-    has_noise: bool = False
-    on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
-
-
-@dataclass
-class Call:
-    """What was decided for a call."""
-
-    stream: Stream
+    call: Call
+    part: Part
     row: Row
-    correction: Correction | None
-    measures: bool
     reason: str
-    cuts: dict[str, Tensor] = field(default_factory=dict)  # held while the call runs, whatever is evicted meanwhile
+    weights: int
+    small: tuple[tuple[float, ...], ...]
+    cuts: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[int, Tensor] = field(default_factory=dict)
-    weights: int = 0
+    computed: int = 0
+    """FLOPs beside those of the variant."""
 
 
 class Runner:
@@ -90,11 +57,11 @@ class Runner:
 
     Args:
         program: The captured graph.
-        policy: Makes a plan once a profile is there.
-        speedup: What to ask of the policy.
-        record_budget: Most bytes of a recording.
-        learned: Called with a new profile and its plan, to save them.
-        record_only: Only measure; never follow a plan.
+        conductor: Decides; None for a part of a broken graph, which does what the step under way says.
+        underway: Shared by all runners of a session.
+        opens: Whether a call of this graph is the first of a step.
+        breaks: Whether other graphs follow in the same step.
+        inactive: Why nothing can be reused here; empty if it can.
     """
 
     def __init__(
@@ -102,86 +69,60 @@ class Runner:
         program: Program,
         *,
         policy: Policy,
-        speedup: float | None,
-        steps: int | None,
-        store: CacheStore,
         log: Log,
-        record_budget: int,
-        learned: Callable[[Runner, Profile], None] | None = None,
-        make_profile: Callable[[Recording], Profile],
-        fingerprint: str,
-        mark: Callable[[], Marked | None],
-        record_only: bool = False,
+        conductor: Conductor | None,
+        underway: Underway,
+        opens: bool = True,
+        breaks: bool = False,
         inactive: str = "",
     ) -> None:
         self.program = program
         self.policy = policy
-        self.speedup = speedup
-        self.steps = steps
-        self.store = store
         self.log = log
-        self.record_budget = record_budget
-        self.learned = learned
-        self.make_profile = make_profile
-        self.record_only = record_only
-        self._mark = mark
-        self.inactive = inactive
-        self.fingerprint = fingerprint
-        self.entries: list[Entry] = []
-        self.profiles: list[Profile] = []
-        self.reader = Reader(program.analysis.inputs)
-        self.following = False  # whether a generation has followed a plan yet
+        self.conductor = conductor
+        self.underway = underway
+        self.opens = opens
+        self.breaks = breaks
+        self._inactive = inactive
         self.late_compilations = 0
-        self._streams: dict[int, Stream] = {}
-        self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
-        self._recorders: dict[tuple[int, ...], Recorder] = {}
-        self._weights: tuple[list[int], list[int]] = ([], [])
-        self._weights_version = 0
-        self._probes: list[Tensor] = []
-        self._probed: tuple[float, ...] = ()
+        self.reader = Reader(program.analysis.inputs)
+        self.watch = WeightWatch(program.analysis.inputs.static)
+        self._tables: dict[VariantSpec, Table] = {}
         self._coefficients: dict[tuple[float, float], Tensor] = {}
         self._low_pass: dict[tuple[int, float], Tensor] = {}
-        self._refused_plan = ""
-        self._lock = threading.RLock()
+        self._lock = conductor.lock if conductor is not None else threading.RLock()
         self._boxed_call = True  # what AOTAutograd calls the convention: one list of inputs, which may be cleared
 
-    # -- plans ---------------------------------------------------------------------------------------------------------
+    @property
+    def inactive(self) -> str:
+        """Why nothing is reused; empty if something can be."""
+        return self._inactive or (self.conductor.inactive if self.conductor is not None else "")
 
-    def add_profile(self, profile: Profile, plan: Plan | None = None) -> Plan | None:
-        """Make a plan from a profile and follow it from the next generation on; newest first."""
-        if self.steps is not None and profile.num_steps != self.steps:
-            self.log.note(f"a profile of {profile.num_steps} steps is not used: steps={self.steps} was asked for")
-            return None
-        if plan is None:
-            plan = self.policy.plan(profile, speedup=self.speedup)
-        meta = profile.meta
-        timeline = Timeline(
-            timesteps=meta.timesteps,
-            moves=tuple(profile.moves.max(0).values.tolist()),
-            time_inputs=meta.time_inputs,
-            varying_inputs=meta.varying_inputs,
-        )
-        self.entries = [e for e in self.entries if e.timeline.timesteps != timeline.timesteps]
-        self.entries.insert(0, Entry(profile, plan, timeline))
-        self.log.note(str(plan))
-        return plan
+    def deactivate(self, reason: str) -> None:
+        """Reuse nothing from now on."""
+        self._inactive = reason
+        if self.conductor is not None:
+            self.conductor.inactive = reason
 
-    def specs_ahead(self) -> list[Any]:
+    def specs_ahead(self) -> list[VariantSpec]:
         """Variants to compile before they are needed: those of the known plans, else those the policy may use."""
-        program = self.program
-        if self.inactive or not self.policy.needs_profile:
+        program, conductor = self.program, self.conductor
+        if self.inactive or not self.policy.needs_profile or (not program.names and not self.breaks):
             return [program.plain]
-        if not self.entries or self.record_only:
-            noise = self.policy.uses_noise
+        full = program.full(measures=False)
+        if conductor is None or self.breaks:
+            return [full, program.reusing(program.reuse_row, corrects=False)] if program.names else [program.plain]
+        if not conductor.entries or conductor.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
-            return [program.full(measures=noise), *(program.reusing(row, corrects=noise) for row in rows)]
-        specs = []
-        for entry in self.entries:
-            noise = entry.plan.reads_noise
-            specs += [
-                program.reusing(row, corrects=noise) if REUSE in row else program.full(measures=noise)
-                for row in entry.plan.variants
-            ]
+            return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
+        specs = [full]
+        for entry in conductor.entries:
+            if len(entry.plan.branches) == len(program.names):
+                specs += [
+                    program.reusing(row, corrects=entry.plan.reads_noise)
+                    for row in entry.plan.variants
+                    if REUSE in row
+                ]
         return list(dict.fromkeys(specs))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -190,336 +131,197 @@ class Runner:
         if self.inactive or not self.policy.needs_profile:
             self._log_plain()
             return self.program.variant(self.program.plain).run(args)
-        with self._lock:
-            self._note_weights(args)
-            reading = self.reader.read(args, self._probes)
-            self._compare_probes(reading)
-            call = self._decide(reading)
-            call.cuts, call.noise = dict(call.stream.cache.cuts), dict(call.stream.cache.noise)
-            call.weights = self._weights_version
-        return self._run(call, reading, args)
+        job, reading = self._begin(args) if self.conductor is not None else (self._join(args), None)
+        if job is None:
+            return self.program.variant(self.program.plain).run(args)
+        return self._run(job, reading, args)
 
     def _log_plain(self) -> None:
         with self._lock:
+            if self.conductor is None:
+                return
             log = self.log.generations[-1] if self.log.generations else self.log.begin()
             if len(log.steps) < 4096:
-                log.steps.append(StepLog(len(log.steps), 0, "full", self.inactive, 1.0))
+                flops = self.program.analysis.flops
+                log.steps.append(StepLog(len(log.steps), 0, "full", self.inactive, flops, flops))
 
-    def _note_weights(self, args: list[Any]) -> None:
-        """Count up when any parameter was replaced or written to."""
-        weights = [args[i] for i in self.program.analysis.inputs.static]
-        try:
-            versions = list(map(_VERSION, weights))
-        except RuntimeError:  # tensors made under inference_mode count no versions
-            versions = [-1 if weight.is_inference() else weight._version for weight in weights]
-        now = (list(map(Tensor.data_ptr, weights)), versions)
-        if now != self._weights:
-            if now[0] != self._weights[0]:
-                self._probes = _scalars_of(weights)
-            self._weights = now
-            self._weights_version += 1
+    def _begin(self, args: list[Any]) -> tuple[Job, Reading]:
+        """A call of the head: a new step."""
+        conductor = self.conductor
+        assert conductor is not None
+        latents = self.program.analysis.inputs.latents
+        with self._lock:
+            self.watch.look(args)
+            reading = self.reader.read(args, self.watch.probes)
+            self.watch.compare(reading.probes)
+            call = conductor.decide(reading, args[latents] if latents is not None else None)
+            self.underway.call, self.underway.conductor = (call, conductor) if self.breaks else (None, None)
+            return self._job(call, conductor.parts[0], reading.small, args), reading
 
-    def _compare_probes(self, reading: Reading) -> None:
-        """Count up when sampled weights changed: ``weight.data += delta`` changes neither pointers nor versions."""
-        if reading.probes != self._probed:
-            self._probed = reading.probes
-            self._weights_version += 1
-
-    def _decide(self, reading: Reading) -> Call:
-        mark = self._mark()
-        stream, reason = self._continue(reading, mark)
-        if stream is None and self.entries and not self.record_only:
-            stream = self._start(reading, mark)
-        if stream is None:
-            return self._record(reading, mark, reason)
-        self.store.touch(stream.key)
-        if not reading.finite:
-            stream.doubt = "the latents hold NaN or infinity"
-        row, correction, planned_reason = self._planned(stream)
-        reason = reason or planned_reason
-        if REUSE in row and (refusal := self._refusal(stream, row) or reason):
-            row, correction, reason = self.program.compute_row, None, refusal
-            stream.on_plan = False
-        elif REUSE not in row and not stream.doubt:
-            reason = planned_reason
-        measures = bool(stream.entries) and any(e.plan.reads_noise for e in stream.entries)
-        return Call(stream, row, correction, measures, reason)
-
-    def _continue(self, reading: Reading, mark: Marked | None) -> tuple[Stream | None, str]:
-        """The stream whose next step this call is, with a reason if that is not proven."""
-        fitting: list[tuple[float, Stream, list[Entry]]] = []
-        unproven: list[tuple[float, Stream, list[Entry]]] = []
-        for stream in self._streams.values():
-            if stream.mark is not mark or not stream.entries:
-                continue
-            entries = [
-                e
-                for e in stream.entries
-                if e.timeline.expects(stream.step + 1, reading) and e.timeline.same_stream(stream.last, reading)
-            ]
-            if not entries:
-                continue
-            move = reading.moved_from(stream.last)
-            bound = max(largest_move(e.timeline.moves[stream.step + 1]) for e in entries)
-            (fitting if mark is not None or move <= bound else unproven).append((move, stream, entries))
-        if not fitting:
-            if unproven and not any(e.timeline.expects(0, reading) for e in self.entries):
-                move, stream, entries = min(unproven, key=lambda found: found[0])
-                self._advance(stream, reading, entries)
-                if reading.finite:
-                    stream.doubt = (
-                        f"the latents moved {move:.2f} of their norm since the last step, more than this generation "
-                        "can; mark it with omnifx.generation(...) if it is one"
-                    )
-                return stream, stream.doubt
-            return None, ""
-        fitting.sort(key=lambda found: found[0])
-        move, stream, entries = fitting[0]
-        reason = ""
-        if len(fitting) > 1 and not move * 4 < fitting[1][0]:
-            reason = "two generations with equal inputs fit this call; mark them with omnifx.generation(...)"
-            stream.doubt = reason
-        self._advance(stream, reading, entries)
-        return stream, reason
-
-    @staticmethod
-    def _advance(stream: Stream, reading: Reading, entries: list[Entry]) -> None:
-        stream.step += 1
-        stream.last = reading
-        stream.entries = entries
-
-    def _start(self, reading: Reading, mark: Marked | None) -> Stream | None:
-        """A new stream at step 0 of some known plan."""
-        entries = [e for e in self.entries if e.timeline.expects(0, reading)]
-        if mark is not None and mark.steps is not None:
-            entries = [e for e in entries if len(e.timeline.timesteps) == mark.steps]
-        if not entries:
+    def _join(self, args: list[Any]) -> Job | None:
+        """A call of a further part of the step under way."""
+        if self.opens:
+            self.underway.call = None  # a new step; what runs before its head belongs to no plan
+        call, conductor = self.underway.call, self.underway.conductor
+        if call is None or conductor is None or conductor.inactive:
             return None
-        self._finish(mark)
-        self._leave_behind(reading, mark)
-        stream = self._new_stream(reading, mark, self._siblings(reading, mark))
-        stream.entries = entries
-        return stream
+        part = conductor.part_of(call, self.program)
+        if part is None:
+            return None
+        with conductor.lock:
+            self.watch.look(args)
+            return self._job(call, part, self.reader.small(args), args)
 
-    def _leave_behind(self, reading: Reading, mark: Marked | None) -> None:
-        """Forget the streams that this call continues in another way than they expect: their next step is not its next.
+    def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...], args: list[Any]) -> Job:
+        """What to do of the step's row here; computes where a cache is not proven to be valid."""
+        conductor, stream = self._conductor, call.stream
+        row, reason = part.row_in(call.row), ""
+        if len(row) != len(self.program.names):
+            row = self.program.compute_row
+        cache = stream.cache
+        job = Job(call, part, row, call.reason, self.watch.version, small)
+        if part.index and stream.recording is not None:
+            conductor.watch(part, watched_inputs(self.program, args))
+        if REUSE in row and (reason := self._refusal(job, args)):
+            job.row, job.reason = self.program.compute_row, reason
+            stream.on_plan = False
+            call.correction = None
+        if len(conductor.parts) == 1:
+            job.cuts, job.noise = dict(cache.cuts), dict(cache.noise)
+        else:
+            job.cuts = {cut: cache.cuts[key] for cut in self.program.cut_values if (key := part.key(cut)) in cache.cuts}
+        return job
 
-        Timesteps of one step count are often among those of another, so such a stream could seem to fit again later.
-        """
-        for stream in list(self._streams.values()):
-            if stream.mark is not mark or not stream.entries:
-                continue
-            for e in stream.entries:
-                moves = e.timeline.moves
-                near = mark is not None or reading.moved_from(stream.last) <= largest_move(
-                    moves[min(stream.step + 1, len(moves) - 1)]
-                )
-                if (
-                    near
-                    and not e.timeline.expects(stream.step, reading)
-                    and e.timeline.same_stream(stream.last, reading)
-                ):
-                    self._drop(stream.key)
-                    break
+    @property
+    def _conductor(self) -> Conductor:
+        conductor = self.conductor or self.underway.conductor
+        assert conductor is not None  # only called within a step
+        return conductor
 
-    def _siblings(self, reading: Reading, mark: Marked | None) -> GenerationLog | None:
-        """The generation that a first step belongs to as a further stream: equal latents, also at its first step."""
-        for other in reversed(self._streams.values()):
-            if other.mark is mark and other.step == 0 and other.entries and other.last.sample == reading.sample:
-                same = any(e.timeline.same_stream(other.last, reading) for e in other.entries)
-                return None if same else other.log
-        return None
-
-    def _new_stream(self, reading: Reading, mark: Marked | None, log: GenerationLog | None) -> Stream:
-        for key in list(self._streams)[: -MOST_STREAMS or None]:
-            self._drop(key)  # abandoned long ago
-        key = next(_keys)
-        cache = self.store.admit(key, 2 * self.program.cache_bytes)
-        number = 0 if log is None else 1 + max(step.stream for step in log.steps)
-        stream = Stream(key, mark, log or self.log.begin(), number, cache, reading)
-        self._streams[key] = stream
-        return stream
-
-    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, str]:
-        """Row and correction of the step, if all plans that still fit agree."""
-        found = {(e.plan.rows[stream.step], e.plan.steps[stream.step].correction) for e in stream.entries}
-        if len(found) > 1:
-            if any(REUSE in row for row, _ in found):
-                return (
-                    self.program.compute_row,
-                    None,
-                    "several calibrated step counts still fit, and their plans differ here",
-                )
-            return self.program.compute_row, None, ""
-        row, correction = found.pop()
-        return row, correction, ""
-
-    def _refusal(self, stream: Stream, row: Row) -> str:
-        """Why this stream may not reuse now; empty if it may."""
-        if stream.doubt:
-            return stream.doubt
-        if not self.store.holds(stream.key):
-            return "its caches were evicted to keep cache_budget"
-        if stream.cache.weights != self._weights_version:
-            return "the weights changed since the caches were made"
-        program = self.program
-        reads = program.reusing(row, corrects=False).reads
-        missing = [cut for b in program.branches if b.name in reads for cut in b.cuts if cut not in stream.cache.cuts]
-        return f"nothing is cached yet for {missing[0]}" if missing else ""
-
-    # -- recording -----------------------------------------------------------------------------------------------------
-
-    def _record(self, reading: Reading, mark: Marked | None, reason: str) -> Call:
-        """A call that no plan covers: run it in full and measure it."""
-        if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
-            self._finish(mark)
-            if self.entries and not self.record_only and (stream := self._start(reading, mark)) is not None:
-                return Call(stream, self.program.compute_row, None, stream.entries[0].plan.reads_noise, "")
-        if mark not in self._recorded:
-            self._recorded[mark] = (Recording(self.program.analysis.inputs), [])
-        self._leave_behind(reading, mark)
-        recording, streams = self._recorded[mark]
-        number = recording.stream_of(reading)
-        if number == len(streams):
-            stream = self._new_stream(reading, mark, streams[0].log if streams else None)
-            stream.number = number
-            streams.append(stream)
-        stream = streams[number]
-        stream.recording = recording
-        stream.step = recording.num_steps - (1 if number else 0)
-        stream.last = reading
-        if not reason:
-            reason = self._refused_plan or "measured: no plan for these steps yet"
-        return Call(stream, self.program.compute_row, None, True, reason)
-
-    def finish(self, mark: Marked | None = None) -> None:
-        """End what is being recorded under a mark, and learn from it."""
-        with self._lock:
-            self._finish(mark)
-
-    def end_marked(self, mark: Marked) -> None:
-        """A marked generation is over: learn from its recording, free its caches."""
-        with self._lock:
-            self._finish(mark)
-            for key in [k for k, s in self._streams.items() if s.mark is mark]:
-                self._drop(key)
-
-    def _finish(self, mark: Marked | None) -> None:
-        found = self._recorded.pop(mark, None)
-        if found is None:
-            return
-        recording, streams = found
-        for stream in streams:
-            self._drop(stream.key)
-        if problem := recording.problem():
-            self._tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
-            return
-        if self.steps is not None and recording.num_steps != self.steps:
-            self._tell(f"a generation of {recording.num_steps} steps was not used: steps={self.steps} was asked for.")
-            return
-        profile = self.make_profile(recording)
-        self.profiles.append(profile)
-        if not self.record_only:
-            try:
-                self.add_profile(profile)
-            except ConfigError as error:
-                self._refused_plan = f"no plan: {error}"
-                self._tell(self._refused_plan)
-        if self.learned is not None:
-            self.learned(self, profile)
-
-    def _drop(self, key: int) -> None:
-        self._streams.pop(key, None)
-        self.store.release(key)
-
-    def _tell(self, text: str) -> None:
-        if self.log.note(text):
-            warnings.warn(f"omnifx: {text}", OmnifxWarning, stacklevel=2)
+    def _refusal(self, job: Job, args: list[Any]) -> str:
+        """Why this part may not reuse now; empty if it may."""
+        cache, part = job.call.stream.cache, job.part
+        if cache.weights.get(part.index) != job.weights:
+            return "the weights changed since the caches were made" if part.index in cache.weights else "nothing is cached yet"
+        reads = self.program.cuts_of(self.program.reusing(job.row, corrects=False))
+        for cut in reads:
+            if part.key(cut) not in cache.cuts:
+                return f"nothing is cached yet for {cut}"
+        if part.index:
+            varying = self._conductor.varying_of(job.call.stream, part)
+            old, now = cache.watched.get(part.index, ()), watched_inputs(self.program, args)
+            if varying is None or len(old) != len(now):
+                return "it is not known which inputs of this part of the model may change"
+            for i, (a, b) in enumerate(zip(old, now, strict=True)):
+                if i not in varying and not a.same(b):  # type: ignore[attr-defined]
+                    return f"an input of graph {part.index} changed that stayed the same when it was calibrated"
+        return ""
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def _run(self, call: Call, reading: Reading, args: list[Any]) -> Sequence[Any]:
-        program, stream = self.program, call.stream
-        if REUSE in call.row:
-            variant = self._compiled(program.reusing(call.row, corrects=self._corrects(stream, call.row)))
+    def _run(self, job: Job, reading: Reading | None, args: list[Any]) -> Sequence[Any]:
+        program, call, stream = self.program, job.call, job.call.stream
+        computes = REUSE not in job.row
+        if not computes:
+            variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise))
         else:
-            spec = program.full(measures=call.measures)
-            if spec not in program.variants and program.full(measures=not call.measures) in program.variants:
-                spec = program.full(measures=not call.measures)  # noise is then measured by replaying, or not needed
-            variant = self._compiled(spec)
-        keep = self._kept_latents(call, args)
-        extra = self._extra_inputs(variant, call)
-        knows_old = all(cut in call.cuts for cut in program.cut_values)
+            variant = self._compiled(program.full(measures=False) if program.names else program.plain)
+        if call.stream.step == 0:
+            for table in self._tables.values():
+                table.check(args)
+        before = self._before(job, args) if computes else {}
+        watched = watched_inputs(program, args) if computes and job.part.index and program.names else None
+        extra = self._extra_inputs(variant, job, args)
         outputs = variant.run([*args, *extra])
-        replayed = {}
-        if REUSE not in call.row and call.measures and knows_old and not variant.spec.measures:
-            replayed = self._replay(call, args, outputs)
-        noise = self._store_outputs(variant, call, outputs[program.num_outputs :], knows_old)
-        if replayed:
-            self._keep(stream, {}, replayed)
-            stream.has_noise = True
-            noise = replayed.get(program.main_output) if program.main_output is not None else None
-        if REUSE not in call.row:
-            self._warm_up(call, args, outputs)
+        self._store_outputs(variant, job, outputs[program.num_outputs :], watched)
+        noise = self._keep_noise(job, before, outputs)
+        if computes and program.names:
+            self._warm_up(job, args, outputs)
         args.clear()
-        self._after(call, variant, reading, keep, outputs, noise, program.analysis.reuse_flops if replayed else 0)
+        self._after(job, variant, outputs, noise)
         return outputs[: program.num_outputs]
 
-    def _replay(self, call: Call, args: list[Any], outputs: Sequence[Any]) -> dict[int, Tensor]:
-        """Noise of a full step whose graph does not measure it: run the reuse variant on the old cuts, and subtract."""
+    def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
+        """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
+
+        So a stream never holds two sets of cuts, and the full graph does nothing but its own work.
+        """
+        program, stream = self.program, job.call.stream
+        cached: dict[int, Tensor] = {}
+        wanted = job.call.measures and len(self._conductor.parts) == 1 and not program.writes_inputs
+        if wanted and program.noisy and all(cut in job.cuts for cut in program.cut_values):
+            variant = self._any_reuse(stream.reads_noise)
+            again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
+            copies = not program.lowering.owns_outputs
+            cached = {i: again[i].clone() if copies else again[i] for i in program.noisy}
+            job.computed += variant.flops
+        job.cuts.clear()
+        with self._lock:
+            for cut in program.cut_values:
+                stream.cache.cuts.pop(job.part.key(cut), None)
+        return cached
+
+    def _any_reuse(self, corrects: bool) -> Variant:
+        """The compiled variant that reuses everything; with a correction to switch off, if only that one exists."""
         program = self.program
-        lean = program.reusing(program.reuse_row, corrects=False)
-        variant = self._compiled(
-            lean if lean in program.variants else program.reusing(program.reuse_row, corrects=True)
-        )
-        again = variant.run([*args, *self._uncorrected_inputs(variant, call)])
-        return {i: again[i] - outputs[i] for i in program.noisy}
+        lean, correcting = (program.reusing(program.reuse_row, corrects=c) for c in (False, True))
+        wanted, other = (correcting, lean) if corrects else (lean, correcting)
+        return self._compiled(other if wanted not in program.variants and other in program.variants else wanted)
 
-    @staticmethod
-    def _uncorrected_inputs(variant: Variant, call: Call) -> list[Tensor]:
-        """The call's cuts, and zeros for all that a correction would read."""
-        return [
-            call.cuts[label.partition(":")[2]] if label.startswith("cut:") else _zeros_like(fake)
-            for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True)
-        ]
-
-    def _corrects(self, stream: Stream, row: Row) -> bool:
-        """Whether the variant of `row` is the one that can correct: if the plan asks, or if only that one is
-        compiled."""
-        program = self.program
-        if any(e.plan.reads_noise for e in stream.entries):
-            return True
-        compiled = program.variants
-        return program.reusing(row, corrects=False) not in compiled and program.reusing(row, corrects=True) in compiled
-
-    def _compiled(self, spec: Any) -> Variant:
-        if spec not in self.program.variants and self.following:
+    def _compiled(self, spec: VariantSpec) -> Variant:
+        if spec not in self.program.variants and self._conductor.following:
             self.late_compilations += 1
         return self.program.variant(spec)
 
-    def _kept_latents(self, call: Call, args: list[Any]) -> Tensor | None:
-        """The latents of a recorded call, noted before the sampler may overwrite them."""
-        latents = self.program.analysis.inputs.latents
-        if call.stream.recording is None or latents is None:
-            return None
-        tensor: Tensor = args[latents]
-        return tensor.detach()
-
-    def _extra_inputs(self, variant: Variant, call: Call) -> list[Tensor]:
+    def _uncorrected_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
+        """The job's cuts and conditions, and zeros for all that a correction would read."""
+        conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
-                held = call.cuts.get(name)
-                values.append(_zeros_like(fake) if held is None else held)
+                values.append(job.cuts[name])
+            elif kind == "condition":
+                values.append(conditions[name])
+            else:
+                values.append(_zeros_like(fake))
+        return values
+
+    def _extra_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
+        if not variant.extra_inputs:
+            return []
+        conditions = self._conditions(variant, job, args)
+        values = []
+        for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
+            kind, _, name = label.partition(":")
+            if kind == "cut":
+                values.append(job.cuts[name])
+            elif kind == "condition":
+                values.append(conditions[name])
             elif kind == "noise":
-                held = call.noise.get(int(name))
+                held = job.noise.get(int(name))
                 values.append(_zeros_like(fake) if held is None else held)
             elif kind == "coefficients":
-                values.append(self._coefficient_tensor(call, fake.device))
+                values.append(self._coefficient_tensor(job.call, fake.device))
             else:  # low_pass:size
-                cutoff = call.correction.cutoff if call.correction is not None else 0.5
+                correction = job.call.correction
+                cutoff = correction.cutoff if correction is not None else 0.5
                 values.append(self._low_pass_tensor(int(name), cutoff, fake.device))
+        return values
+
+    def _conditions(self, variant: Variant, job: Job, args: list[Any]) -> dict[str, Tensor]:
+        """The values of the variant's hoisted conditions, from its table or computed now."""
+        conditions = variant.conditions
+        if conditions is None:
+            return {}
+        with self._lock:
+            table = self._tables.get(variant.spec)
+            if table is None:
+                table = self._tables[variant.spec] = Table(conditions)
+                table.check(args)
+            copies = not self.program.lowering.owns_outputs
+            values, missed = table.read(job.small, args, version=job.weights, copies=copies)
+        job.computed += conditions.flops * missed
         return values
 
     def _coefficient_tensor(self, call: Call, device: torch.device) -> Tensor:
@@ -540,105 +342,94 @@ class Runner:
             self._low_pass[key] = low_pass(size, cutoff).to(device)
         return self._low_pass[key]
 
-    def _store_outputs(self, variant: Variant, call: Call, extra: Sequence[Any], knows_old: bool) -> Tensor | None:
-        """Hand new cuts and noise to the stream; returns the main output's noise if it is real."""
-        stream, program = call.stream, self.program
-        fresh = REUSE not in call.row
-        main: Tensor | None = None
-        noise: dict[int, Tensor] = {}
+    def _store_outputs(
+        self, variant: Variant, job: Job, extra: Sequence[Any], watched: list[Watched] | None
+    ) -> None:
+        """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
+        stream, program, part = job.call.stream, self.program, job.part
         for label, value in zip(variant.extra_outputs, extra, strict=True):
             kind, _, name = label.partition(":")
-            if kind == "cut":
-                expected = program.cut_values[name]
-                if value.stride() != expected.stride():
-                    value = value.new_empty_strided(expected.shape, expected.stride()).copy_(value)
-                elif not program.lowering.owns_outputs:
-                    value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
-                call.cuts[name] = value
-            elif kind == "noise" and knows_old:
-                noise[int(name)] = value if program.lowering.owns_outputs else value.clone()
-                main = value if int(name) == program.main_output else main
-        self._keep(stream, call.cuts, noise)
-        if fresh:
-            stream.cache.weights = call.weights
+            if kind != "cut":
+                continue
+            expected = program.cut_values[name]
+            if value.stride() != expected.stride():
+                value = value.new_empty_strided(value.shape, _strides(expected)).copy_(value)
+            elif not program.lowering.owns_outputs:
+                value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
+            job.cuts[name] = value
+        if REUSE not in job.row:
             stream.scale = 1.0
-            stream.has_noise = bool(variant.spec.measures and knows_old)
-        return main
-
-    def _keep(self, stream: Stream, cuts: dict[str, Tensor], noise: dict[int, Tensor]) -> None:
-        """Let the stream hold these values, unless its cache was evicted."""
+            stream.has_noise = False
+        if not variant.extra_outputs:
+            return
         with self._lock:
-            if self.store.holds(stream.key):
-                stream.cache.cuts.update(cuts)
+            if self._conductor.store.holds(stream.key):
+                stream.cache.cuts.update({part.key(name): value for name, value in job.cuts.items()})
+                if REUSE not in job.row:
+                    stream.cache.weights[part.index] = job.weights
+                    if watched is not None:
+                        stream.cache.watched[part.index] = tuple(watched)
+
+    def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
+        """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
+        if not cached:
+            return None
+        stream = job.call.stream
+        noise = {i: value - outputs[i] for i, value in cached.items()}
+        with self._lock:
+            if self._conductor.store.holds(stream.key):
                 stream.cache.noise.update(noise)
+        stream.has_noise = True
+        main = self.program.main_output
+        return noise.get(main) if main is not None else None
 
-    def _after(
-        self,
-        call: Call,
-        variant: Variant,
-        reading: Reading,
-        latents: Tensor | None,
-        outputs: Sequence[Any],
-        noise: Tensor | None,
-        replayed_flops: int,
-    ) -> None:
-        stream, program = call.stream, self.program
-        with self._lock:
-            spent = (variant.flops + replayed_flops) / max(1, program.analysis.flops)
-            stream.log.steps.append(StepLog(stream.step, stream.number, variant.spec.label, call.reason, spent))
-            if REUSE not in call.row:
-                stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
-            if stream.entries:
-                self.following = True
-                if stream.step + 1 >= max(len(e.timeline.timesteps) for e in stream.entries):
-                    self._drop(stream.key)  # the last step is done
-            elif stream.recording is not None and latents is not None and program.main_output is not None:
-                output = outputs[program.main_output]
-                recorder = self._recorder_for(latents, output)
-                stream.recording.add(reading, recorder, recorder.keep(latents, output, noise))
+    def _after(self, job: Job, variant: Variant, outputs: Sequence[Any], noise: Tensor | None) -> None:
+        conductor, call, program = self._conductor, job.call, self.program
+        conductor.after(
+            call,
+            label=variant.spec.label if program.names or len(conductor.parts) == 1 else "",
+            reason=job.reason,
+            spent=variant.flops + job.computed,
+            whole=program.analysis.flops,
+        )
+        if call.stream.recording is not None:
+            main = program.main_output if program.main_output is not None else program.largest_output
+            with self._lock:
+                conductor.keep(call, job.part, outputs[main] if main is not None else None, noise)
+        if not self.breaks and job.part.index == 0:
+            call.latents = None
 
-    def _warm_up(self, call: Call, args: list[Any], outputs: Sequence[Any]) -> None:
+    def _warm_up(self, job: Job, args: list[Any], outputs: Sequence[Any]) -> None:
         """Compile what the plan will need, and check each reuse variant once: fed this step's own cuts it must
         reproduce it."""
-        program, stream = self.program, call.stream
-        for row in {row for e in stream.entries for row in e.plan.variants if REUSE in row}:
-            self._compiled(program.reusing(row, corrects=self._corrects(stream, row)))
+        program, stream = self.program, job.call.stream
+        for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
+            if REUSE in row and len(row) == len(program.names):
+                self._compiled(program.reusing(row, corrects=stream.reads_noise))
+        if program.writes_inputs:
+            return
         for variant in [v for v in program.variants.values() if REUSE in v.spec.row and not v.checked]:
             variant.checked = True
-            again = variant.run([*args, *self._uncorrected_inputs(variant, call)])
+            again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
             for i in program.noisy:
                 true, got = outputs[i].float(), again[i].float()
                 error = float((got - true).norm() / true.norm().clamp_min(1e-30))
                 if not error <= TOLERANCE.get(outputs[i].dtype, 1e-2) and bool(torch.isfinite(true).all()):
-                    self.inactive = (
+                    self.deactivate(
                         f"the variant {variant.spec.label} fed a step's own cuts differs from that step by {error:.1e} "
                         "of its norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
                     )
-                    self._tell(self.inactive)
-
-    def _recorder_for(self, latents: Tensor, output: Tensor) -> Recorder:
-        key = (*latents.shape, *output.shape)
-        if key not in self._recorders:
-            budget, axis = self.record_budget, self.program.frame_axis
-            self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
-        return self._recorders[key]
+                    self._conductor.tell(self._inactive)
 
 
-def _scalars_of(weights: list[Tensor]) -> list[Tensor]:
-    """Views of one element of each of up to NUM_PROBES weights of the commonest type and device, evenly spread."""
-    kinds = Counter((w.dtype, w.device) for w in weights if w.dim() >= 2 and w.is_floating_point())
-    if not kinds:
-        return []
-    kind = kinds.most_common(1)[0][0]
-    usable = [w for w in weights if w.dim() >= 2 and (w.dtype, w.device) == kind and w.is_contiguous()]
-    picked = usable[:: -(-len(usable) // NUM_PROBES) or 1]
-    return [w.detach().view(-1)[w.numel() // 2] for w in picked if w.numel()]
+def _strides(fake: Tensor) -> tuple[int, ...]:
+    return tuple(map(int, fake.stride()))
 
 
 def _zeros_like(fake: Tensor) -> Tensor:
     """Real zeros with the shape, strides, type and device of a fake value."""
-    sizes, strides = tuple(map(int, fake.shape)), tuple(map(int, fake.stride()))
+    sizes, strides = tuple(map(int, fake.shape)), _strides(fake)
     return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).zero_()
 
 
-__all__ = ["Entry", "Runner"]
+__all__ = ["Runner", "Underway"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.clock import Marked, mark, marked_for
+from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
 from omnifx.options import Options
 from omnifx.plan import Plan
@@ -31,11 +32,12 @@ from omnifx.program import Program
 from omnifx.recording import Recording
 from omnifx.report import MatchReport
 from omnifx.runlog import Log, Stats
-from omnifx.runner import Runner
+from omnifx.runner import Runner, Underway
 from omnifx.store import CacheStore, default_budget
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
+_UNKNOWN = object()
 
 
 class Session:
@@ -52,6 +54,9 @@ class Session:
         self.store: CacheStore | None = None
         self.record_only = options.record_only
         self.names: list[str] = []
+        self._underway = Underway()
+        self._opening: object = _UNKNOWN  # the code whose graph is called first in a step
+        self._head: object = _UNKNOWN  # the code whose graph has the latents
         _SESSIONS.add(self)
 
     # -- capture -------------------------------------------------------------------------------------------------------
@@ -64,13 +69,52 @@ class Session:
         own = {id(p) for p in model.parameters()}
         return any(id(t) in own for t in tensors)
 
-    def add_program(self, program: Program, weights_hash: str) -> Runner:
-        """A runner for a newly captured graph; follows a known profile if there is one."""
+    def add_program(self, program: Program, weights_hash: str, *, frame: object = None, breaks: bool = False) -> Runner:
+        """A runner for a newly captured graph; follows a known profile if there is one.
+
+        Args:
+            program: The graph.
+            weights_hash: Of the graph's parameters.
+            frame: Stands for the code that was captured; the first one that was begins every step.
+            breaks: Whether the graph ends at a graph break, so that others follow in the same step.
+        """
         device = next((t.device for t in program.inputs if isinstance(t, Tensor)), torch.device("cpu"))
         if self.store is None:
             self.store = CacheStore(self._budget(device))
-        fingerprint = _hash(self.model_name, weights_hash, *program.names)
+        if not self.runners:
+            self._opening = frame
+        leads = frame == self._head or (self._head is _UNKNOWN and program.analysis.inputs.latents is not None)
+        alone = not self.runners and not breaks
+        reason = self._inactive(program) if alone or (leads and not breaks) else ""
+        conductor: Conductor | None = None
+        if leads or alone:
+            self._head = frame
+            conductor = self._conductor(program, weights_hash, reason)
+        if program.over_budget:
+            self.tell(
+                f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches "
+                f"uncached, the first is {program.over_budget[0].name}"
+            )
         runner = Runner(
+            program,
+            policy=self.policy,
+            log=self.log,
+            conductor=conductor,
+            underway=self._underway,
+            opens=frame == self._opening,
+            breaks=breaks,
+            inactive=reason,
+        )
+        self.runners.append(runner)
+        if conductor is not None and not runner.inactive:
+            with unset_fake_temporarily():  # a capture is under way, and would read the file as fake tensors
+                self._load_profiles(conductor)
+                self._share_plans(conductor)
+        return runner
+
+    def _conductor(self, program: Program, weights_hash: str, inactive: str) -> Conductor:
+        assert self.store is not None  # made with the first program
+        return Conductor(
             program,
             policy=self.policy,
             speedup=self.options.speedup,
@@ -79,51 +123,35 @@ class Session:
             log=self.log,
             record_budget=int(self.options.record_budget),
             learned=self._save_profile if self.options.profile_cache and not self.record_only else None,
-            make_profile=lambda recording: self._profile(recording, program, fingerprint),
+            make_profile=self._profile,
             record_only=self.record_only,
-            inactive=self._inactive(program),
-            fingerprint=fingerprint,
+            inactive=inactive,
+            fingerprint=_hash(self.model_name, weights_hash, *program.names),
             mark=lambda: marked_for(self),
         )
-        if program.over_budget:
-            self.tell(
-                f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches "
-                "uncached, "
-                f"the first is {program.over_budget[0].name}"
-            )
-        if len(self.runners) >= 1 and not _same_graph(self.runners[0].program, program):
-            reason = (
-                f"{self.model_name} was captured as {len(self.runners) + 1} graphs (graph breaks); omnifx reuses "
-                "across steps only "
-                "where the whole step is one graph. Remove the breaks: TORCH_LOGS=graph_breaks shows where they are"
-            )
-            for other in (*self.runners, runner):
-                other.inactive = other.inactive or reason
-            self.tell(reason)
-        self.runners.append(runner)
-        if not runner.inactive:
-            with unset_fake_temporarily():  # a capture is under way, and would read the file as fake tensors
-                self._load_profiles(runner)
-                self._share_plans(runner)
-        return runner
 
-    def _share_plans(self, runner: Runner) -> None:
+    @property
+    def conductors(self) -> list[Conductor]:
+        """One for each capture of the graph that begins a step."""
+        return [runner.conductor for runner in self.runners if runner.conductor is not None]
+
+    def _share_plans(self, conductor: Conductor) -> None:
         """Let a graph that was captured again (for another batch size, say) follow what the session knows already."""
-        for entry in [entry for other in self.runners if other is not runner for entry in reversed(other.entries)]:
+        for entry in [e for other in self.conductors if other is not conductor for e in reversed(other.entries)]:
             try:
-                self._check_profile(entry.profile, runner)
+                self._check_profile(entry.profile, conductor)
             except ProfileError:
                 continue
-            if all(entry.profile is not known.profile for known in runner.entries):
-                runner.add_profile(entry.profile, entry.plan)
+            if all(entry.profile is not known.profile for known in conductor.entries):
+                conductor.add_profile(entry.profile, entry.plan)
 
     def _budget(self, device: torch.device) -> int:
         budget = self.options.cache_budget
         return default_budget(device) if budget is None else int(budget)
 
     def budget_per_stream(self, device: torch.device) -> int:
-        """Most bytes of cuts that one stream may hold: measuring noise keeps two sets for a moment."""
-        return self._budget(device) // 2
+        """Most bytes of cuts that one stream may hold."""
+        return self._budget(device)
 
     def _inactive(self, program: Program) -> str:
         if not program.names:
@@ -138,50 +166,51 @@ class Session:
             )
         return ""
 
-    def _profile(self, recording: Recording, program: Program, fingerprint: str) -> Profile:
+    def _profile(self, recording: Recording, conductor: Conductor) -> Profile:
+        program = conductor.head
         latents = program.inputs[program.analysis.inputs.latents or 0]
-        output = program.gm.graph.output_node().args[0][program.main_output or 0]  # type: ignore[index]
-        branches = program.branch_metas()
+        assert recording.recorder is not None  # it has steps
         return recording.profile(
             model=self.model_name,
-            fingerprint=fingerprint,
+            fingerprint=conductor.fingerprint,
             versions=versions(),
-            flops=program.analysis.flops,
-            branches=branches,
+            flops=conductor.flops,
+            branches=conductor.branch_metas(),
+            parts=conductor.part_metas(),
             latent_shape=tuple(map(int, latents.shape)),
-            output_shape=tuple(map(int, output.meta["val"].shape)),  # type: ignore[union-attr]
+            output_shape=recording.recorder.output_shape,
         )
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 
-    def _load_profiles(self, runner: Runner) -> None:
+    def _load_profiles(self, conductor: Conductor) -> None:
         given = self.options.profile
         if given is not None:
             profile = given if isinstance(given, Profile) else Profile.load(given)
-            self._check_profile(profile, runner)
+            self._check_profile(profile, conductor)
             plan = self.options.plan
             plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
             if plan is not None:
                 _check_plan(plan, profile)
-            runner.add_profile(profile, plan)
+            conductor.add_profile(profile, plan)
             return
         if self.options.plan is not None:
             raise ConfigError(
                 "omnicache: the option 'plan' needs 'profile', which tells the steps of a generation apart."
             )
-        if not self.options.profile_cache or self.record_only or not runner.policy.needs_profile:
+        if not self.options.profile_cache or self.record_only or not conductor.policy.needs_profile:
             return
-        for path in sorted(profile_folder(runner.fingerprint).glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
+        for path in sorted(profile_folder(conductor.fingerprint).glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
             try:
                 profile = Profile.load(path)
-                self._check_profile(profile, runner)
-                runner.add_profile(profile)
+                self._check_profile(profile, conductor)
+                conductor.add_profile(profile)
             except (ProfileError, ConfigError) as error:
                 self.tell(f"a cached profile is not used: {error}")
 
-    def _check_profile(self, profile: Profile, runner: Runner) -> None:
-        program, meta = runner.program, profile.meta
-        if meta.fingerprint != runner.fingerprint:
+    def _check_profile(self, profile: Profile, conductor: Conductor) -> None:
+        program, meta = conductor.head, profile.meta
+        if meta.fingerprint != conductor.fingerprint:
             names = [branch.name for branch in meta.branches]
             what = (
                 f"it was measured on {meta.model}, this is {self.model_name}"
@@ -201,8 +230,8 @@ class Session:
                 "only the batch size may differ. Calibrate at this size."
             )
 
-    def _save_profile(self, runner: Runner, profile: Profile) -> None:
-        folder = profile_folder(runner.fingerprint)
+    def _save_profile(self, conductor: Conductor, profile: Profile) -> None:
+        folder = profile_folder(conductor.fingerprint)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             key = _hash(*map(repr, profile.meta.timesteps), repr(profile.meta.latent_shape[1:]))[:16]
@@ -237,8 +266,8 @@ class Session:
 
     def finish(self) -> None:
         """Learn from recordings that no later generation ended."""
-        for runner in self.runners:
-            runner.finish(None)
+        for conductor in self.conductors:
+            conductor.finish(None)
 
     def tell(self, text: str) -> None:
         """Note a sentence for the user, and warn the first time."""
@@ -259,12 +288,6 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
                 else ("small, read at every call" if i in roles.small else "watched for change")
             )
             inputs[label[i]] = role
-    notes = []
-    if len(programs) > 1:
-        notes.append(
-            f"{len(programs)} graphs: reuse across steps needs the whole step in one graph; "
-            "TORCH_LOGS=graph_breaks shows why"
-        )
     return MatchReport(
         model=model,
         branches=tuple(branch for program in programs for branch in program.analysis.branches),
@@ -273,7 +296,6 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
         cache_bytes=sum(program.cache_bytes for program in programs),
         graphs=len(programs),
         inputs=inputs,
-        notes=tuple(notes),
     )
 
 
@@ -338,7 +360,7 @@ def plans(compiled: object) -> list[tuple[Profile, Plan]]:
 
     Raises: ConfigError if the model has not run through omnifx yet.
     """
-    return [(entry.profile, entry.plan) for runner in find_session(compiled).runners for entry in runner.entries]
+    return [(entry.profile, entry.plan) for c in find_session(compiled).conductors for entry in c.entries]
 
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
@@ -387,8 +409,8 @@ def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
             yield
     finally:
         if entered is not None:
-            for runner in session.runners:
-                runner.end_marked(entered)
+            for conductor in session.conductors:
+                conductor.end_marked(entered)
 
 
 def weights_hash(values: Sequence[Any]) -> str:
@@ -424,11 +446,6 @@ def profile_folder(fingerprint: str) -> Path:
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _same_graph(a: Program, b: Program) -> bool:
-    """Whether two programs are one graph captured twice (for another shape, say), not two parts of a model."""
-    return a.names == b.names and len(a.names) > 0
 
 
 def _check_plan(plan: Plan, profile: Profile) -> None:

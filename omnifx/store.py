@@ -22,11 +22,13 @@ class StreamCache:
     """What one stream keeps between its steps."""
 
     cuts: dict[str, Tensor] = field(default_factory=dict)
-    """By node name; [as the branch made them], from the last step that computed the branch."""
+    """By part and node name; [as the branch made them], from the last step that computed the branch."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     """By output position: q of the last full step that measured it."""
-    weights: int = 0
-    """Fingerprint of the weights that computed the cuts."""
+    weights: dict[int, int] = field(default_factory=dict)
+    """By part: version of the weights that computed its cuts."""
+    watched: dict[int, tuple[object, ...]] = field(default_factory=dict)
+    """By part: its invariant inputs as they were when its cuts were computed."""
 
     @property
     def num_bytes(self) -> int:
@@ -41,6 +43,7 @@ class StreamCache:
         """Forget everything."""
         self.cuts.clear()
         self.noise.clear()
+        self.watched.clear()
 
 
 class CacheStore:
@@ -62,14 +65,29 @@ class CacheStore:
                 f"one stream's caches need {num_bytes:,} bytes, but cache_budget is {self.budget:,}. "
                 "Raise cache_budget, or cache fewer branches."
             )
-        while self._live and self.reserved_bytes + num_bytes > self.budget:
-            _, (evicted, _) = self._live.popitem(last=False)
-            evicted.clear()
-            self.evictions += 1
+        self._make_room(num_bytes)
         cache = StreamCache()
         self._live[key] = (cache, num_bytes)
         self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
         return cache
+
+    def enlarge(self, key: int, num_bytes: int) -> bool:
+        """Reserve more for a stream; False, and nothing changed, if its cache was evicted or there is no room at all."""
+        if key not in self._live:
+            return False
+        cache, reserved = self._live.pop(key)
+        fits = reserved + num_bytes <= self.budget
+        if fits:
+            self._make_room(reserved + num_bytes)
+        self._live[key] = (cache, reserved + (num_bytes if fits else 0))
+        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
+        return fits
+
+    def _make_room(self, num_bytes: int) -> None:
+        while self._live and self.reserved_bytes + num_bytes > self.budget:
+            _, (evicted, _) = self._live.popitem(last=False)
+            evicted.clear()
+            self.evictions += 1
 
     def touch(self, key: int) -> None:
         """Mark a stream as just used."""

@@ -8,6 +8,7 @@ from omnifx.graph import Pass
 from omnifx.grid import Grid
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.eliminate import Eliminate
+from omnifx.passes.hoist_conditions import HoistConditions
 from omnifx.passes.measure_noise import MeasureNoise
 from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.read_cuts import ReadCuts
@@ -60,4 +61,5 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...]) -> tuple[Pa
     passes.append(Eliminate(freed=spec.reads))  # what reading the cuts left behind
     if spec.reads:
         passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
+        passes.append(HoistConditions())  # last: of the conditions, only what the reuse step still needs
     return tuple(passes)

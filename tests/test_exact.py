@@ -102,7 +102,7 @@ def test_a_step_that_reuses_everything_is_the_model_with_its_modules_old_outputs
     reusing = program.variant(program.reusing(program.reuse_row, corrects=False))
     values = as_called(traced.inputs, tiny.inputs, next_inputs(tiny))
     with torch.no_grad():
-        again = reusing.run([*values, *(cuts[label] for label in reusing.extra_inputs)])
+        again = reusing.run(reusing.feed(values, cuts))
 
     assert distance(again[0], expected) < 1e-5
     assert distance(again[0], call(tiny.model, next_inputs(tiny))) > 1e-3  # else reuse could not be told from computing
@@ -129,7 +129,7 @@ def test_a_reuse_variant_fed_the_steps_own_cuts_computes_the_same_bits(name: str
 
     reusing = program.variant(program.reusing(program.reuse_row, corrects=False))
     with torch.no_grad():
-        again = reusing.run([*traced.inputs, *(cuts[label] for label in reusing.extra_inputs)])
+        again = reusing.run(reusing.feed(traced.inputs, cuts))
 
     assert REUSE in reusing.spec.row
     assert (

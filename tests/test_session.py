@@ -21,7 +21,7 @@ def test_two_instances_of_a_class_have_sessions_of_their_own() -> None:
 
     assert len(omnifx.stats(first).generations) == 2
     assert len(omnifx.stats(second).generations) == 3
-    assert set(omnifx.stats(second).generations[0].variants) == {"full+write+measure"}
+    assert set(omnifx.stats(second).generations[0].variants) == {"full+write"}
 
 
 def test_a_generation_marked_before_the_first_call_is_learned_from() -> None:

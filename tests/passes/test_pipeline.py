@@ -24,15 +24,15 @@ def names(spec: VariantSpec) -> list[str]:
             ["MeasureNoise", "WriteCuts", "Eliminate"],
             "full+write+measure",
         ),
-        (VariantSpec(BOTH, (REUSE, REUSE), writes=()), ["ReadCuts", "Eliminate", "NarrowLinears"], "reuse"),
+        (VariantSpec(BOTH, (REUSE, REUSE), writes=()), ["ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"], "reuse"),
         (
             VariantSpec(BOTH, (REUSE, REUSE), writes=(), corrects=True),
-            ["CorrectNoise", "ReadCuts", "Eliminate", "NarrowLinears"],
+            ["CorrectNoise", "ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
             "reuse+correct",
         ),
         (
             VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)),
-            ["ReadCuts", "WriteCuts", "Eliminate", "NarrowLinears"],
+            ["ReadCuts", "WriteCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
             "reuse1+write",
         ),
     ],
@@ -53,10 +53,10 @@ def test_dumps_hold_the_graph_before_and_after_each_pass(tmp_path, monkeypatch) 
 
     seconds = run_passes(traced.gm, pipeline(VariantSpec(("branch.mlp",), (REUSE,), writes=()), ()), label="reuse")
 
-    assert list(seconds) == ["ReadCuts", "Eliminate", "NarrowLinears"]
+    assert list(seconds) == ["ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"reuse.0{i}_{name}.{when}.txt"
-        for i, name in enumerate(["ReadCuts", "Eliminate", "NarrowLinears"])
+        for i, name in enumerate(["ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"])
         for when in ("after", "before")
     ]
     assert "cached_unsqueeze_2" in (tmp_path / "reuse.01_Eliminate.after.txt").read_text()
@@ -75,7 +75,7 @@ def test_every_mixed_row_fed_its_own_cuts_computes_the_same_bits(measures: bool)
     for bits in range(1, 2 ** len(program.names)):
         row = tuple(REUSE if bits >> i & 1 else COMPUTE for i in range(len(program.names)))
         variant = program.variant(program.reusing(row, corrects=False))
-        again = variant.run([*traced.inputs, *(cuts[label] for label in variant.extra_inputs)])
+        again = variant.run(variant.feed(traced.inputs, cuts))
         assert torch.equal(again[0], outputs[0]), row
         for label, value in zip(variant.extra_outputs, again[1:], strict=True):
             assert torch.equal(value, cuts[label]), (row, label)
@@ -98,10 +98,10 @@ def test_a_correcting_variant_subtracts_the_noise_it_is_given() -> None:
     variant = program.variant(program.reusing(program.reuse_row, corrects=True))
     plain = program.variant(program.reusing(program.reuse_row, corrects=False))
     q = noise(1, 4, 8, 8, seed=3)
-    cuts = {label: noise(1, 16, 32, seed=i) for i, label in enumerate(plain.extra_inputs)}
+    cuts = {label: noise(1, 16, 32, seed=i) for i, label in enumerate(l for l in plain.extra_inputs if l[:4] == "cut:")}
     given = {"coefficients": torch.tensor([0.5, 0.0]), "noise:0": q, "low_pass:8": torch.eye(8)} | cuts
 
-    corrected = variant.run([*traced.inputs, *(given[label] for label in variant.extra_inputs)])[0]
+    corrected = variant.run(variant.feed(traced.inputs, given))[0]
 
-    base = plain.run([*traced.inputs, *(given[label] for label in plain.extra_inputs)])[0]
+    base = plain.run(plain.feed(traced.inputs, given))[0]
     assert torch.allclose(corrected, base - 0.5 * q, atol=1e-6)

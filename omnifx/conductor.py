@@ -1,0 +1,403 @@
+"""The conductor: decides what each call of a model does, and learns from generations that no plan covers.
+
+A step is one call of the model. It usually is one graph; where Dynamo breaks the graph, a step runs several *parts*,
+and the first one with the latents and the timestep decides for all. A part is a graph and how often it ran before in
+the same step (blocks of a broken model may share a graph).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from omnifx.clock import Marked, Reading, Timeline, Watched
+from omnifx.errors import ConfigError, OmnifxWarning
+from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
+from omnifx.policy import Policy
+from omnifx.profile import BranchMeta, PartMeta, Profile
+from omnifx.recording import Recorder, Recording
+from omnifx.runlog import Log, StepLog
+from omnifx.store import CacheStore
+from omnifx.streams import Entry, Stream, Streams
+
+if TYPE_CHECKING:
+    from omnifx.program import Program
+
+
+@dataclass
+class Part:
+    """One graph call of a step, in the order of the calls."""
+
+    index: int
+    program: Program
+    start: int
+    """Where its branches begin in the step's row."""
+    varying: set[int] = field(default_factory=set)
+    """Positions of inputs that were other tensors in another step of a recording."""
+    last: tuple[Watched, ...] = ()
+    """Its inputs in the last recorded step."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its branches, unique in the model."""
+        names = self.program.names
+        return tuple(f"graph{self.index}.{name}" for name in names) if self.index else names
+
+    def key(self, cut: str) -> str:
+        """The name of a cut in a stream's cache."""
+        return f"{self.index}:{cut}" if self.index else cut
+
+    def row_in(self, row: Row) -> Row:
+        """What a step's row says of this part."""
+        return row[self.start : self.start + len(self.program.names)]
+
+
+@dataclass
+class Call:
+    """What was decided for a step of a stream."""
+
+    stream: Stream
+    row: Row
+    correction: Correction | None
+    reason: str
+    reading: Reading
+    log: StepLog
+    latents: Tensor | None = None
+    """The latents while the call is being recorded; the sampler may overwrite them afterwards."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """How often each program ran in this step."""
+    done: int = 0
+    """Parts that ran."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether the noise of reusing is wanted, for a recording or a correction."""
+        return self.stream.recording is not None or self.stream.reads_noise
+
+
+class Conductor:
+    """Decides for all calls of one captured model (at one shape, or with dynamic shapes).
+
+    Args:
+        head: The graph with the latents; it begins every step.
+        policy: Makes a plan once a profile is there.
+        speedup: What to ask of the policy.
+        steps: The only number of steps to plan for, if not None.
+        record_budget: Most bytes of a recording.
+        make_profile: A recording's profile.
+        learned: Called with a new profile, to save it.
+        mark: The mark of the present context.
+        record_only: Only measure; never follow a plan.
+    """
+
+    def __init__(
+        self,
+        head: Program,
+        *,
+        policy: Policy,
+        speedup: float | None,
+        steps: int | None,
+        store: CacheStore,
+        log: Log,
+        record_budget: int,
+        fingerprint: str,
+        mark: Callable[[], Marked | None],
+        make_profile: Callable[[Recording, Conductor], Profile],
+        learned: Callable[[Conductor, Profile], None] | None = None,
+        record_only: bool = False,
+        inactive: str = "",
+    ) -> None:
+        self.head = head
+        self.policy = policy
+        self.speedup = speedup
+        self.steps = steps
+        self.store = store
+        self.log = log
+        self.record_budget = record_budget
+        self.fingerprint = fingerprint
+        self.make_profile = make_profile
+        self.learned = learned
+        self.record_only = record_only
+        self.inactive = inactive
+        self.profiles: list[Profile] = []
+        self.following = False  # whether a generation has followed a plan yet
+        self.parts: list[Part] = []
+        self._by_call: dict[tuple[int, int], Part] = {}
+        self.streams = Streams(store, log)
+        self.lock = threading.RLock()
+        self._mark = mark
+        self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
+        self._recorders: dict[tuple[int, ...], Recorder] = {}
+        self._refused_plan = ""
+        self._steps_seen = 0
+        self._add_part(head, 0)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The branches of all parts."""
+        return tuple(name for part in self.parts for name in part.names)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a step that computes everything."""
+        return sum(part.program.analysis.flops for part in self.parts)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one stream's cuts."""
+        return sum(part.program.cache_bytes for part in self.parts)
+
+    def branch_metas(self) -> tuple[BranchMeta, ...]:
+        """What a profile keeps of the branches."""
+        return tuple(
+            meta.model_copy(update={"name": name})
+            for part in self.parts
+            for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
+        )
+
+    def part_metas(self) -> tuple[PartMeta, ...]:
+        """What a profile keeps of the parts; empty if there is one."""
+        if len(self.parts) == 1:
+            return ()
+        return tuple(PartMeta(branches=len(p.program.names), varying=tuple(sorted(p.varying))) for p in self.parts)
+
+    def _add_part(self, program: Program, occurrence: int) -> Part:
+        part = Part(len(self.parts), program, sum(len(p.program.names) for p in self.parts))
+        self.parts.append(part)
+        self._by_call[id(program), occurrence] = part
+        return part
+
+    def part_of(self, call: Call, program: Program) -> Part | None:
+        """The part that a graph call of this step is; None if the first step did not have it."""
+        occurrence = call.counts[id(program)]
+        call.counts[id(program)] += 1
+        with self.lock:
+            part = self._by_call.get((id(program), occurrence))
+            if part is None and self._steps_seen <= 1:
+                part = self._add_part(program, occurrence)
+                if program.cache_bytes and not self.store.enlarge(call.stream.key, program.cache_bytes):
+                    call.stream.doubt = call.stream.doubt or "cache_budget has no room for all parts of the model"
+        call.done += part is not None
+        return part
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The known plans, newest first."""
+        return self.streams.entries
+
+    def add_profile(self, profile: Profile, plan: Plan | None = None) -> Plan | None:
+        """Make a plan from a profile and follow it from the next generation on."""
+        if self.steps is not None and profile.num_steps != self.steps:
+            self.log.note(f"a profile of {profile.num_steps} steps is not used: steps={self.steps} was asked for")
+            return None
+        if plan is None:
+            plan = self.policy.plan(profile, speedup=self.speedup)
+        meta = profile.meta
+        timeline = Timeline(
+            timesteps=meta.timesteps,
+            moves=tuple(profile.moves.max(0).values.tolist()),
+            time_inputs=meta.time_inputs,
+            varying_inputs=meta.varying_inputs,
+        )
+        self.streams.add_entry(Entry(profile, plan, timeline))
+        self.log.note(str(plan))
+        return plan
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def decide(self, reading: Reading, latents: Tensor | None) -> Call:
+        """What the step that begins with this call of the head does."""
+        mark = self._mark()
+        self.streams.drop_finished()
+        self._steps_seen += 1
+        stream, reason = self.streams.proceed(reading, mark)
+        if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
+            self._finish(mark)
+            stream = self.streams.begin(reading, mark, num_bytes=self.cache_bytes)
+        if stream is None:
+            return self._record(reading, mark, reason, latents)
+        self.store.touch(stream.key)
+        if not reading.finite:
+            stream.doubt = "the latents hold NaN or infinity"
+        row, correction, planned_reason = self._planned(stream)
+        if REUSE in row:
+            if refusal := self._refusal(stream) or reason or planned_reason:
+                row, correction, reason = self._compute_row, None, refusal
+                stream.on_plan = False
+        elif not stream.doubt:
+            reason = planned_reason
+        return self._call(stream, row, correction, reason, reading)
+
+    @property
+    def _compute_row(self) -> Row:
+        return (COMPUTE,) * sum(len(part.program.names) for part in self.parts)
+
+    def _call(
+        self, stream: Stream, row: Row, correction: Correction | None, reason: str, reading: Reading
+    ) -> Call:
+        log = StepLog(stream.step, stream.number, "", reason, 0, 0)
+        return Call(stream, row, correction, reason, reading, log, counts=Counter({id(self.head): 1}), done=1)
+
+    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, str]:
+        """Row and correction of the step, if all plans that still fit agree."""
+        first = stream.entries[0].plan
+        row, correction = first.row_of(stream.step), first.steps[stream.step].correction
+        for entry in stream.entries[1:]:
+            other = entry.plan
+            if (other.row_of(stream.step), other.steps[stream.step].correction) != (row, correction):
+                reuses = any(REUSE in e.plan.row_of(stream.step) for e in stream.entries)
+                why = "several calibrated step counts still fit, and their plans differ here" if reuses else ""
+                return self._compute_row, None, why
+        return row, correction, ""
+
+    def _refusal(self, stream: Stream) -> str:
+        """Why this stream may not reuse anything now; empty if it may."""
+        if stream.doubt:
+            return stream.doubt
+        if not self.store.holds(stream.key):
+            return "its caches were evicted to keep cache_budget"
+        if any(entry.plan.branches != self.names for entry in stream.entries):
+            stream.doubt = "the model's graphs are other ones than those that were calibrated"
+            return stream.doubt
+        return ""
+
+    # -- recording -----------------------------------------------------------------------------------------------------
+
+    def _record(self, reading: Reading, mark: Marked | None, reason: str, latents: Tensor | None) -> Call:
+        """A step that no plan covers: run it in full and measure it."""
+        if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
+            self._finish(mark)
+            if not self.record_only and self.streams.starting(reading, mark):
+                stream = self.streams.begin(reading, mark, num_bytes=self.cache_bytes)
+                assert stream is not None  # some plan starts here
+                return self._call(stream, self._compute_row, None, "", reading)
+        if mark not in self._recorded:
+            self._recorded[mark] = (Recording(self.head.analysis.inputs), [])
+        self.streams.leave_behind(reading, mark)
+        recording, streams = self._recorded[mark]
+        number = recording.stream_of(reading)
+        if number == len(streams):
+            stream = self.streams.open(
+                reading, mark, streams[0].log if streams else None, num_bytes=self.cache_bytes
+            )
+            stream.number = number
+            streams.append(stream)
+        stream = streams[number]
+        stream.recording = recording
+        stream.step = recording.num_steps - (1 if number else 0)
+        stream.last = reading
+        reason = reason or self._refused_plan or "measured: no plan for these steps yet"
+        call = self._call(stream, self._compute_row, None, reason, reading)
+        call.latents = latents.detach() if latents is not None else None
+        return call
+
+    def keep(self, call: Call, part: Part, output: Tensor | None, noise: Tensor | None) -> None:
+        """Add what a part of a recorded step gave; a later part's output of the model takes an earlier one's place."""
+        recording, latents = call.stream.recording, call.latents
+        if recording is None or latents is None or output is None:
+            return
+        if part.index == 0:
+            recorder = self._recorder_for(latents, output)
+            recording.add(call.reading, recorder, recorder.keep(latents, output, noise))
+        elif output.dim() == latents.dim() or part.index == len(self.parts) - 1:
+            recorder = self._recorder_for(latents, output)
+            recording.replace_last(call.reading, recorder, recorder.keep(latents, output, None))
+
+    def watch(self, part: Part, inputs: Sequence[Watched]) -> None:
+        """Learn which inputs of a recorded part are other tensors in other steps."""
+        now = tuple(inputs)
+        if len(part.last) == len(now):
+            part.varying |= {i for i, (a, b) in enumerate(zip(part.last, now, strict=True)) if not a.unchanged(b)}
+        part.last = now
+
+    def varying_of(self, stream: Stream, part: Part) -> set[int] | None:
+        """Positions, among a part's watched inputs, of those that may change; None if nobody knows."""
+        for entry in stream.entries:
+            if part.index < len(entry.profile.meta.parts):
+                return set(entry.profile.meta.parts[part.index].varying)
+        return None
+
+    def finish(self, mark: Marked | None = None) -> None:
+        """End what is being recorded under a mark, and learn from it."""
+        with self.lock:
+            self._finish(mark)
+
+    def end_marked(self, mark: Marked) -> None:
+        """A marked generation is over: learn from its recording, free its caches."""
+        with self.lock:
+            self._finish(mark)
+            self.streams.drop_marked(mark)
+
+    def _finish(self, mark: Marked | None) -> None:
+        found = self._recorded.pop(mark, None)
+        if found is None:
+            return
+        recording, streams = found
+        for stream in streams:
+            self.streams.drop(stream.key)
+        for part in self.parts:
+            part.last = ()
+        if problem := recording.problem():
+            self.tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
+            return
+        if self.steps is not None and recording.num_steps != self.steps:
+            self.tell(f"a generation of {recording.num_steps} steps was not used: steps={self.steps} was asked for.")
+            return
+        if not self.names:
+            return
+        profile = self.make_profile(recording, self)
+        self.profiles.append(profile)
+        if not self.record_only:
+            try:
+                self.add_profile(profile)
+            except ConfigError as error:
+                self._refused_plan = f"no plan: {error}"
+                self.tell(self._refused_plan)
+        if self.learned is not None:
+            self.learned(self, profile)
+
+    def after(self, call: Call, *, label: str, reason: str, spent: int, whole: int) -> None:
+        """A part of a step has run."""
+        stream = call.stream
+        with self.lock:
+            if not call.log.whole:
+                stream.log.steps.append(call.log)
+            call.log.add(label, reason, spent, whole)
+            if REUSE not in call.row:
+                stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
+            if stream.entries:
+                self.following = True
+                if stream.is_last_step and call.done >= len(self.parts):
+                    self.streams.drop(stream.key)
+
+    def tell(self, text: str) -> None:
+        """Note a sentence for the user, and warn the first time."""
+        if self.log.note(text):
+            warnings.warn(f"omnifx: {text}", OmnifxWarning, stacklevel=2)
+
+    def _recorder_for(self, latents: Tensor, output: Tensor) -> Recorder:
+        key = (*latents.shape, *output.shape)
+        if key not in self._recorders:
+            budget, axis = self.record_budget, self.head.frame_axis
+            self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
+        return self._recorders[key]
+
+
+__all__ = ["Call", "Conductor", "Part"]
+
+
+def watched_inputs(program: Program, args: Sequence[Any]) -> list[Watched]:
+    """The inputs of a later part that are tensors and no parameters, as they are now."""
+    inputs = program.analysis.inputs
+    static = set(inputs.static)
+    return [Watched.of(args[i]) for i in range(len(args)) if i not in static]

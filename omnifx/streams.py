@@ -1,0 +1,194 @@
+"""Which step of which stream a call is: the streams under way, and the plans that each of them may follow."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omnifx.clock import Marked, Reading, Timeline, largest_move
+from omnifx.plan import Plan
+from omnifx.profile import Profile
+from omnifx.runlog import GenerationLog, Log
+from omnifx.store import CacheStore, StreamCache
+
+if TYPE_CHECKING:
+    from omnifx.recording import Recording
+
+_keys = itertools.count(1)
+
+MOST_STREAMS = 64
+"""Streams that may be under way at once; the oldest one is forgotten first."""
+
+
+@dataclass
+class Entry:
+    """A profile and the plan made from it."""
+
+    profile: Profile
+    plan: Plan
+    timeline: Timeline
+
+
+@dataclass
+class Stream:
+    """One stream of one generation, while it runs."""
+
+    key: int
+    mark: Marked | None
+    log: GenerationLog
+    number: int
+    cache: StreamCache
+    last: Reading
+    step: int = 0
+    entries: list[Entry] = field(default_factory=list)  # plans that fit so far; empty while recording
+    recording: Recording | None = None
+    doubt: str = ""  # why nothing is reused for the rest of this generation
+    scale: float = 1.0  # what the last known noise is multiplied by
+    has_noise: bool = False
+    on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
+
+    @property
+    def reads_noise(self) -> bool:
+        """Whether any plan that still fits corrects outputs."""
+        return any(entry.plan.reads_noise for entry in self.entries)
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether no plan that fits has a further step."""
+        return bool(self.entries) and self.step + 1 >= max(len(e.timeline.timesteps) for e in self.entries)
+
+
+class Streams:
+    """The streams under way, oldest first, and the known plans, newest first."""
+
+    def __init__(self, store: CacheStore, log: Log) -> None:
+        self.store = store
+        self.log = log
+        self.entries: list[Entry] = []
+        self._live: dict[int, Stream] = {}
+
+    def __iter__(self) -> itertools.chain[Stream]:
+        return itertools.chain(self._live.values())
+
+    def add_entry(self, entry: Entry) -> None:
+        """A plan for streams that begin from now on; replaces one with the same timesteps."""
+        self.entries = [e for e in self.entries if e.timeline.timesteps != entry.timeline.timesteps]
+        self.entries.insert(0, entry)
+
+    def proceed(self, reading: Reading, mark: Marked | None) -> tuple[Stream | None, str]:
+        """The stream whose next step this call is, with a reason if that is not proven."""
+        fitting: list[tuple[float, Stream, list[Entry]]] = []
+        unproven: list[tuple[float, Stream, list[Entry]]] = []
+        for stream in self._live.values():
+            if stream.mark is not mark or not stream.entries:
+                continue
+            entries = [
+                e
+                for e in stream.entries
+                if e.timeline.expects(stream.step + 1, reading) and e.timeline.same_stream(stream.last, reading)
+            ]
+            if not entries:
+                continue
+            move = reading.moved_from(stream.last)
+            bound = max(largest_move(e.timeline.moves[stream.step + 1]) for e in entries)
+            (fitting if mark is not None or move <= bound else unproven).append((move, stream, entries))
+        if not fitting:
+            if unproven and not any(e.timeline.expects(0, reading) for e in self.entries):
+                move, stream, entries = min(unproven, key=lambda found: found[0])
+                _advance(stream, reading, entries)
+                if reading.finite:
+                    stream.doubt = (
+                        f"the latents moved {move:.2f} of their norm since the last step, more than this generation "
+                        "can; mark it with omnifx.generation(...) if it is one"
+                    )
+                return stream, stream.doubt
+            return None, ""
+        fitting.sort(key=lambda found: found[0])
+        move, stream, entries = fitting[0]
+        reason = ""
+        if len(fitting) > 1 and not move * 4 < fitting[1][0]:
+            reason = "two generations with equal inputs fit this call; mark them with omnifx.generation(...)"
+            stream.doubt = reason
+        _advance(stream, reading, entries)
+        return stream, reason
+
+    def begin(self, reading: Reading, mark: Marked | None, *, num_bytes: int) -> Stream | None:
+        """A new stream at step 0 of some known plan; None if no plan begins with such a call."""
+        entries = self.starting(reading, mark)
+        if not entries:
+            return None
+        self.leave_behind(reading, mark)
+        stream = self.open(reading, mark, self._siblings(reading, mark), num_bytes=num_bytes)
+        stream.entries = entries
+        return stream
+
+    def starting(self, reading: Reading, mark: Marked | None) -> list[Entry]:
+        """The plans whose first step a call may be."""
+        return [
+            e
+            for e in self.entries
+            if e.timeline.expects(0, reading)
+            and (mark is None or mark.steps is None or len(e.timeline.timesteps) == mark.steps)
+        ]
+
+    def leave_behind(self, reading: Reading, mark: Marked | None) -> None:
+        """Forget the streams that this call continues in another way than they expect: their next step is not its next.
+
+        Timesteps of one step count are often among those of another, so such a stream could seem to fit again later.
+        """
+        for stream in list(self._live.values()):
+            if stream.mark is not mark or not stream.entries:
+                continue
+            for e in stream.entries:
+                moves = e.timeline.moves
+                near = mark is not None or reading.moved_from(stream.last) <= largest_move(
+                    moves[min(stream.step + 1, len(moves) - 1)]
+                )
+                if (
+                    near
+                    and not e.timeline.expects(stream.step, reading)
+                    and e.timeline.same_stream(stream.last, reading)
+                ):
+                    self.drop(stream.key)
+                    break
+
+    def open(self, reading: Reading, mark: Marked | None, log: GenerationLog | None, *, num_bytes: int) -> Stream:
+        """A new stream, with room for `num_bytes` of caches; of the generation of `log`, or of a new one."""
+        for key in list(self._live)[: -MOST_STREAMS or None]:
+            self.drop(key)  # abandoned long ago
+        key = next(_keys)
+        cache = self.store.admit(key, num_bytes)
+        number = 0 if log is None else 1 + max((step.stream for step in log.steps), default=0)
+        stream = Stream(key, mark, log or self.log.begin(), number, cache, reading)
+        self._live[key] = stream
+        return stream
+
+    def drop(self, key: int) -> None:
+        """A stream is over, or lost: free its caches."""
+        self._live.pop(key, None)
+        self.store.release(key)
+
+    def drop_marked(self, mark: Marked) -> None:
+        """Drop all streams of a marked generation."""
+        for key in [k for k, s in self._live.items() if s.mark is mark]:
+            self.drop(key)
+
+    def drop_finished(self) -> None:
+        """Drop streams whose last step is done (parts of a broken graph may have kept them)."""
+        for key in [k for k, s in self._live.items() if s.is_last_step]:
+            self.drop(key)
+
+    def _siblings(self, reading: Reading, mark: Marked | None) -> GenerationLog | None:
+        """The generation that a first step belongs to as a further stream: equal latents, also at its first step."""
+        for other in reversed(self._live.values()):
+            if other.mark is mark and other.step == 0 and other.entries and other.last.sample == reading.sample:
+                same = any(e.timeline.same_stream(other.last, reading) for e in other.entries)
+                return None if same else other.log
+        return None
+
+
+def _advance(stream: Stream, reading: Reading, entries: list[Entry]) -> None:
+    stream.step += 1
+    stream.last = reading
+    stream.entries = entries
