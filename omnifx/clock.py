@@ -25,6 +25,8 @@ from omnifx.graph import Inputs
 NUM_SAMPLES = 256
 """Elements of the latents that the clock reads at every call."""
 
+_CPU = torch.device("cpu")
+
 _MARKED: contextvars.ContextVar[Marked | None] = contextvars.ContextVar("omnifx_generation", default=None)
 _numbers = itertools.count(1)
 
@@ -133,70 +135,42 @@ class Reader:
 
     def read(self, args: Sequence[Any], probes: Sequence[Tensor] = ()) -> Reading:
         """Read the inputs of a call, and with them the values of some scalars of one type (samples of the weights)."""
-        parts: list[Tensor] = []
-        sizes: list[int] = []
-        plain: dict[int, tuple[float, ...]] = {}
-        for i in self.inputs.small:
-            value = args[i]
-            if isinstance(value, Tensor):
-                parts.append(value.detach().reshape(-1).to(torch.float64))
-                sizes.append(value.numel())
-            else:
-                plain[i] = (float(value),)
         where = self.inputs.latents
-        latents = args[where] if where is not None else None
-        count = 0
+        latents = args[where].detach() if where is not None else None
+        small = [args[i] for i in self.inputs.small]
+        parts = [value.detach().reshape(-1) for value in small if isinstance(value, Tensor)]
+        count = len(parts)
         if latents is not None:
-            flat = latents.detach().reshape(-1)
-            places = self._places_of(flat.numel(), flat.device)
-            count = places.numel()
-            parts += [flat[places].to(torch.float64), flat.sum(dtype=torch.float32).to(torch.float64)[None]]
+            flat = latents.reshape(-1)
+            parts += [flat[self._places_of(flat.numel(), flat.device)], flat.sum(dtype=torch.float32)[None]]
         if probes:
-            parts.append(torch.stack(list(probes)).to(torch.float64))
-        devices = {part.device for part in parts}
-        if len(devices) > 1:
-            values = [v for part in parts for v in part.tolist()]
-        else:
-            values = torch.cat(parts).tolist() if parts else []
-        small, at = [], 0
-        remaining = iter(sizes)
-        for i in self.inputs.small:
-            if i in plain:
-                small.append(plain[i])
-            else:
-                size = next(remaining)
-                small.append(tuple(values[at : at + size]))
-                at += size
-        sample = tuple(values[at : at + count])
-        total = values[at + count] if count else 0.0
-        rest = values[at + count + bool(count) :]
+            parts.append(torch.stack(list(probes)))
+        values = _values_of(parts)
+        read = iter(values[:count])
+        sample: tuple[float, ...] = ()
+        finite = True
+        if latents is not None:
+            sample, (total,) = values[count : count + 2]
+            finite = math.isfinite(total)
         return Reading(
-            small=tuple(small),
-            large=tuple(Watched.of(args[i]) for i in self.inputs.large),
+            small=tuple(next(read) if isinstance(v, Tensor) else (float(v),) for v in small),
+            large=tuple([Watched.of(args[i]) for i in self.inputs.large]),
             sample=sample,
-            finite=math.isfinite(total),
-            probes=tuple(rest),
+            finite=finite,
+            probes=values[-1] if probes else (),
             shapes=tuple(
-                tuple(args[i].shape) if isinstance(args[i], Tensor) else (int(args[i]),)
-                for i in (
-                    *self.inputs.small,
-                    *self.inputs.large,
-                    *([where] if where is not None else []),
-                )
+                [
+                    tuple(args[i].shape) if isinstance(args[i], Tensor) else (int(args[i]),)
+                    for i in (*self.inputs.small, *self.inputs.large, *([where] if where is not None else []))
+                ]
             ),
         )
 
     def small(self, args: Sequence[Any]) -> tuple[tuple[float, ...], ...]:
         """The values of the small inputs alone."""
-        values = [args[i] for i in self.inputs.small]
-        tensors = [v.detach().reshape(-1).to(torch.float64) for v in values if isinstance(v, Tensor)]
-        one_device = len({t.device for t in tensors}) == 1
-        read = iter(
-            [tuple(p.tolist()) for p in torch.cat(tensors).cpu().split([t.numel() for t in tensors])]
-            if one_device
-            else [tuple(t.tolist()) for t in tensors]
-        )
-        return tuple(next(read) if isinstance(v, Tensor) else (float(v),) for v in values)
+        small = [args[i] for i in self.inputs.small]
+        read = iter(_values_of([value.detach().reshape(-1) for value in small if isinstance(value, Tensor)]))
+        return tuple(next(read) if isinstance(v, Tensor) else (float(v),) for v in small)
 
     def _places_of(self, size: int, device: torch.device) -> Tensor:
         key = (size, device)
@@ -206,6 +180,15 @@ class Reader:
             places = torch.randint(size, (count,), generator=generator) if size > count else torch.arange(size)
             self._places[key] = places.to(device)
         return self._places[key]
+
+
+def _values_of(parts: Sequence[Tensor]) -> list[tuple[float, ...]]:
+    """The values of several vectors: one transfer from a device, none on the CPU."""
+    devices = {part.device for part in parts}
+    if len(devices) == 1 and devices != {_CPU}:
+        together: Tensor = torch.cat([part.to(torch.float64) for part in parts]).cpu()
+        parts = together.split([part.numel() for part in parts])
+    return [tuple(map(float, part.tolist())) for part in parts]
 
 
 def close(a: float, b: float) -> bool:
