@@ -11,6 +11,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
+from omnifx.boundary import compiled_call
 from omnifx.capture import capture, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
@@ -35,7 +36,11 @@ def omnicache(
     session = session_for(model, options, example_inputs)
     if model is not None:
         keep_with(model, session)
-        _guard_identity()
+    broken = _is_part(model)
+    if model is not None and not broken:
+        _guard_identity()  # parts of a model may be shared by its blocks
+    if broken:
+        session.watch_boundary()
     static, session.names = state_inputs(gm)
     digest = weights_hash([example_inputs[i] for i in static])
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **session.options.inductor}
@@ -46,7 +51,7 @@ def omnicache(
                 "the model ran with gradients on, and was compiled without caching; call it under torch.no_grad()"
             )
             return compile_fx_inner(graph, inputs, **arguments)
-        return _compile_program(session, graph, inputs, static, arguments, digest)
+        return _compile_program(session, graph, inputs, static, arguments, digest, broken)
 
     return capture(gm, example_inputs, inner, patches=patches)
 
@@ -58,14 +63,15 @@ def _compile_program(
     static: tuple[int, ...],
     arguments: dict[str, Any],
     digest: str,
+    broken: bool,
 ) -> Any:
     """Analyse a captured graph and compile the variants that will be needed; returns the runner."""
     device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
     eager = session.options.lowering == "eager"
     lowering = EagerLowering() if eager else InductorLowering(inputs, arguments)
-    program = Program(graph, inputs, static, lowering, budget=session.budget_per_stream(device))
-    frame, breaks = _frame()
-    runner = session.add_program(program, digest, frame=frame, breaks=breaks)
+    budget = session.budget_per_stream(device)
+    program = Program(graph, inputs, static, lowering, budget=budget, hoists=not broken)
+    runner = session.add_program(program, digest, broken=broken)
     for spec in runner.specs_ahead():
         program.variant(spec)
     return runner
@@ -83,21 +89,28 @@ def _guard_identity() -> None:
     install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
 
 
-def _frame() -> tuple[object, bool]:
-    """The code that Dynamo is compiling, and whether this graph of it ends at a graph break."""
+def _is_part(model: nn.Module | None) -> bool:
+    """Whether the graph that Dynamo hands over is only a part of one call of the model: it ends at a graph break, or it
+    continues behind one, or Dynamo gave the model's own code up and compiles what that calls."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     translator = InstructionTranslator.current_tx()
     if translator is None:
-        return None, False
-    reason = getattr(translator.output, "compile_subgraph_reason", None)
-    return translator.f_code, bool(getattr(reason, "graph_break", False))
+        return False
+    if bool(getattr(getattr(translator.output, "compile_subgraph_reason", None), "graph_break", False)):
+        return True
+    owner = translator.f_locals.get("self")
+    return translator.f_code.co_name.startswith("torch_dynamo_resume_in_") or (
+        model is not None and isinstance(owner, nn.Module) and owner is not model
+    )
 
 
 def _root_module() -> nn.Module | None:
-    """The module whose `forward` Dynamo is compiling."""
+    """The module that was compiled: the one whose compiled form is being called, or whose `forward` Dynamo compiles."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
+    if (found := compiled_call()) is not None:
+        return found[0]
     translator = InstructionTranslator.current_tx()
     owner = translator.f_locals.get("self") if translator is not None else None
     return owner if isinstance(owner, nn.Module) else None

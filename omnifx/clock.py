@@ -74,14 +74,6 @@ class Watched:
             value = value.clone()  # such tensors count no versions: only their content can tell
         return cls(value, _version(value))
 
-    def unchanged(self, other: Watched) -> bool:
-        """Whether both are the same tensor, not written to in between; content is not read."""
-        a, b = self.tensor, other.tensor
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            same_memory = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-            return same_memory and a.dtype == b.dtype and self.version == other.version and a.device == b.device
-        return type(a) is type(b) and bool(a == b)
-
     def same(self, other: Watched) -> bool:
         """Whether both are the same memory, unchanged, or equal in content."""
         a, b = self.tensor, other.tensor

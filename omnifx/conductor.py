@@ -1,8 +1,7 @@
 """The conductor: decides what each call of a model does, and learns from generations that no plan covers.
 
-A step is one call of the model. It usually is one graph; where Dynamo breaks the graph, a step runs several *parts*,
-and the first one with the latents and the timestep decides for all. A part is a graph and how often it ran before in
-the same step (blocks of a broken model may share a graph).
+A step is one call of the model. It usually is one graph; where Dynamo breaks the graph, a step runs several *parts*. A
+part is a graph and how often it ran before in the same step (the blocks of a broken model may share a graph).
 """
 
 from __future__ import annotations
@@ -16,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from omnifx.clock import Marked, Reading, Timeline, Watched
+from omnifx.clock import Marked, Reading, Timeline
 from omnifx.errors import ConfigError, OmnifxWarning
 from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
 from omnifx.policy import Policy
-from omnifx.profile import BranchMeta, PartMeta, Profile
+from omnifx.profile import BranchMeta, Profile
 from omnifx.recording import Recorder, Recording
 from omnifx.runlog import Log, StepLog
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
+from omnifx.weights import WeightWatch
 
 if TYPE_CHECKING:
+    from omnifx.graph import Inputs
     from omnifx.program import Program
 
 
@@ -38,20 +39,18 @@ class Part:
     program: Program
     start: int
     """Where its branches begin in the step's row."""
-    varying: set[int] = field(default_factory=set)
-    """Positions of inputs that were other tensors in another step of a recording."""
-    last: tuple[Watched, ...] = ()
-    """Its inputs in the last recorded step."""
+    prefix: str
+    """What makes its names unique in the model: empty if it is the only part."""
+    watch: WeightWatch
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of its branches, unique in the model."""
-        names = self.program.names
-        return tuple(f"graph{self.index}.{name}" for name in names) if self.index else names
+        return tuple(self.prefix + name for name in self.program.names) if self.prefix else self.program.names
 
     def key(self, cut: str) -> str:
         """The name of a cut in a stream's cache."""
-        return f"{self.index}:{cut}" if self.index else cut
+        return self.prefix + cut
 
     def row_in(self, row: Row) -> Row:
         """What a step's row says of this part."""
@@ -68,12 +67,12 @@ class Call:
     reason: str
     reading: Reading
     log: StepLog
+    weights: int
+    """Version of the model's weights as the clock saw them."""
     latents: Tensor | None = None
     """The latents while the call is being recorded; the sampler may overwrite them afterwards."""
     counts: Counter[int] = field(default_factory=Counter)
     """How often each program ran in this step."""
-    done: int = 0
-    """Parts that ran."""
 
     @property
     def measures(self) -> bool:
@@ -85,7 +84,9 @@ class Conductor:
     """Decides for all calls of one captured model (at one shape, or with dynamic shapes).
 
     Args:
-        head: The graph with the latents; it begins every step.
+        inputs: Roles of what the clock reads: the inputs of the one graph, or the arguments of a broken model.
+        program: The one graph of a step; None if the model is broken, and its parts are to be found.
+        frame_axis: Which axis of the latents counts frames, if any.
         policy: Makes a plan once a profile is there.
         speedup: What to ask of the policy.
         steps: The only number of steps to plan for, if not None.
@@ -94,12 +95,17 @@ class Conductor:
         learned: Called with a new profile, to save it.
         mark: The mark of the present context.
         record_only: Only measure; never follow a plan.
+        inactive: Why nothing can be reused; empty if it can.
+        explain_nothing: Why nothing can be reused of the parts of a broken model.
     """
 
     def __init__(
         self,
-        head: Program,
+        inputs: Inputs,
         *,
+        program: Program | None,
+        frame_axis: int | None,
+        latent_shape: tuple[int, ...],
         policy: Policy,
         speedup: float | None,
         steps: int | None,
@@ -112,8 +118,12 @@ class Conductor:
         learned: Callable[[Conductor, Profile], None] | None = None,
         record_only: bool = False,
         inactive: str = "",
+        explain_nothing: Callable[[Sequence[Program]], str] = lambda programs: "no branch can be reused",
     ) -> None:
-        self.head = head
+        self.inputs = inputs
+        self.latent_shape = latent_shape
+        self.frame_axis = frame_axis
+        self.broken = program is None
         self.policy = policy
         self.speedup = speedup
         self.steps = steps
@@ -125,6 +135,7 @@ class Conductor:
         self.learned = learned
         self.record_only = record_only
         self.inactive = inactive
+        self.explain_nothing = explain_nothing
         self.profiles: list[Profile] = []
         self.following = False  # whether a generation has followed a plan yet
         self.parts: list[Part] = []
@@ -136,7 +147,9 @@ class Conductor:
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
         self._steps_seen = 0
-        self._add_part(head, 0)
+        self._unseen_output = False
+        if program is not None:
+            self._add_part(program, 0)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -163,14 +176,11 @@ class Conductor:
             for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
         )
 
-    def part_metas(self) -> tuple[PartMeta, ...]:
-        """What a profile keeps of the parts; empty if there is one."""
-        if len(self.parts) == 1:
-            return ()
-        return tuple(PartMeta(branches=len(p.program.names), varying=tuple(sorted(p.varying))) for p in self.parts)
-
     def _add_part(self, program: Program, occurrence: int) -> Part:
-        part = Part(len(self.parts), program, sum(len(p.program.names) for p in self.parts))
+        index = len(self.parts)
+        start = sum(len(p.program.names) for p in self.parts)
+        watch = WeightWatch(program.analysis.inputs.static, probes=not self.broken)
+        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch)
         self.parts.append(part)
         self._by_call[id(program), occurrence] = part
         return part
@@ -179,13 +189,15 @@ class Conductor:
         """The part that a graph call of this step is; None if the first step did not have it."""
         occurrence = call.counts[id(program)]
         call.counts[id(program)] += 1
-        with self.lock:
-            part = self._by_call.get((id(program), occurrence))
-            if part is None and self._steps_seen <= 1:
-                part = self._add_part(program, occurrence)
-                if program.cache_bytes and not self.store.enlarge(call.stream.key, program.cache_bytes):
-                    call.stream.doubt = call.stream.doubt or "cache_budget has no room for all parts of the model"
-        call.done += part is not None
+        part = self._by_call.get((id(program), occurrence))
+        if part is None and self._steps_seen <= 1:
+            part = self._add_part(program, occurrence)
+            if program.cache_bytes and not self.store.enlarge(call.stream.key, program.cache_bytes):
+                self.inactive = (
+                    f"cache_budget has no room for the caches of all graphs of the model: {self.cache_bytes:,} bytes "
+                    "at least. Raise cache_budget"
+                )
+                self.tell(self.inactive)
         return part
 
     # -- plans ---------------------------------------------------------------------------------------------------------
@@ -215,17 +227,16 @@ class Conductor:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def decide(self, reading: Reading, latents: Tensor | None) -> Call:
-        """What the step that begins with this call of the head does."""
+    def decide(self, reading: Reading, latents: Tensor | None, *, weights: int) -> Call:
+        """What the step that begins now does."""
         mark = self._mark()
-        self.streams.drop_finished()
         self._steps_seen += 1
         stream, reason = self.streams.proceed(reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
             self._finish(mark)
             stream = self.streams.begin(reading, mark, num_bytes=self.cache_bytes)
         if stream is None:
-            return self._record(reading, mark, reason, latents)
+            return self._record(reading, mark, reason, latents, weights)
         self.store.touch(stream.key)
         if not reading.finite:
             stream.doubt = "the latents hold NaN or infinity"
@@ -236,17 +247,17 @@ class Conductor:
                 stream.on_plan = False
         elif not stream.doubt:
             reason = planned_reason
-        return self._call(stream, row, correction, reason, reading)
+        return self._call(stream, row, correction, reason, reading, weights)
 
     @property
     def _compute_row(self) -> Row:
         return (COMPUTE,) * sum(len(part.program.names) for part in self.parts)
 
     def _call(
-        self, stream: Stream, row: Row, correction: Correction | None, reason: str, reading: Reading
+        self, stream: Stream, row: Row, correction: Correction | None, reason: str, reading: Reading, weights: int
     ) -> Call:
         log = StepLog(stream.step, stream.number, "", reason, 0, 0)
-        return Call(stream, row, correction, reason, reading, log, counts=Counter({id(self.head): 1}), done=1)
+        return Call(stream, row, correction, reason, reading, log, weights)
 
     def _planned(self, stream: Stream) -> tuple[Row, Correction | None, str]:
         """Row and correction of the step, if all plans that still fit agree."""
@@ -273,16 +284,18 @@ class Conductor:
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
-    def _record(self, reading: Reading, mark: Marked | None, reason: str, latents: Tensor | None) -> Call:
+    def _record(
+        self, reading: Reading, mark: Marked | None, reason: str, latents: Tensor | None, weights: int
+    ) -> Call:
         """A step that no plan covers: run it in full and measure it."""
         if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
             self._finish(mark)
             if not self.record_only and self.streams.starting(reading, mark):
                 stream = self.streams.begin(reading, mark, num_bytes=self.cache_bytes)
                 assert stream is not None  # some plan starts here
-                return self._call(stream, self._compute_row, None, "", reading)
+                return self._call(stream, self._compute_row, None, "", reading, weights)
         if mark not in self._recorded:
-            self._recorded[mark] = (Recording(self.head.analysis.inputs), [])
+            self._recorded[mark] = (Recording(self.inputs), [])
         self.streams.leave_behind(reading, mark)
         recording, streams = self._recorded[mark]
         number = recording.stream_of(reading)
@@ -297,35 +310,35 @@ class Conductor:
         stream.step = recording.num_steps - (1 if number else 0)
         stream.last = reading
         reason = reason or self._refused_plan or "measured: no plan for these steps yet"
-        call = self._call(stream, self._compute_row, None, reason, reading)
+        call = self._call(stream, self._compute_row, None, reason, reading, weights)
         call.latents = latents.detach() if latents is not None else None
         return call
 
-    def keep(self, call: Call, part: Part, output: Tensor | None, noise: Tensor | None) -> None:
-        """Add what a part of a recorded step gave; a later part's output of the model takes an earlier one's place."""
+    def keep(self, call: Call, output: Tensor | None, noise: Tensor | None) -> None:
+        """Add a recorded step: its latents, what the model gave, and the noise that reuse would have caused."""
         recording, latents = call.stream.recording, call.latents
-        if recording is None or latents is None or output is None:
+        call.latents = None
+        if recording is None or latents is None:
             return
-        if part.index == 0:
-            recorder = self._recorder_for(latents, output)
-            recording.add(call.reading, recorder, recorder.keep(latents, output, noise))
-        elif output.dim() == latents.dim() or part.index == len(self.parts) - 1:
-            recorder = self._recorder_for(latents, output)
-            recording.replace_last(call.reading, recorder, recorder.keep(latents, output, None))
+        unseen = output is None
+        output = latents if output is None else output
+        recorder = self._recorder_for(latents, output)
+        vectors = recorder.keep(latents, output, noise)
+        if self._unseen_output and not unseen and recording.num_steps:
+            recording.fill_first(vectors, recorder)
+            self._unseen_output = False
+        recording.add(call.reading, recorder, vectors)
+        self._unseen_output |= unseen
 
-    def watch(self, part: Part, inputs: Sequence[Watched]) -> None:
-        """Learn which inputs of a recorded part are other tensors in other steps."""
-        now = tuple(inputs)
-        if len(part.last) == len(now):
-            part.varying |= {i for i, (a, b) in enumerate(zip(part.last, now, strict=True)) if not a.unchanged(b)}
-        part.last = now
-
-    def varying_of(self, stream: Stream, part: Part) -> set[int] | None:
-        """Positions, among a part's watched inputs, of those that may change; None if nobody knows."""
-        for entry in stream.entries:
-            if part.index < len(entry.profile.meta.parts):
-                return set(entry.profile.meta.parts[part.index].varying)
-        return None
+    def end_step(self, call: Call, output: Tensor | None) -> None:
+        """A call of a broken model is over: all its parts have run."""
+        self.keep(call, output, None)
+        stream = call.stream
+        if stream.is_last_step:
+            self.streams.drop(stream.key)
+        if not self.names and not self.inactive:
+            self.inactive = self.explain_nothing([part.program for part in self.parts])
+            self.tell(self.inactive)
 
     def finish(self, mark: Marked | None = None) -> None:
         """End what is being recorded under a mark, and learn from it."""
@@ -345,8 +358,6 @@ class Conductor:
         recording, streams = found
         for stream in streams:
             self.streams.drop(stream.key)
-        for part in self.parts:
-            part.last = ()
         if problem := recording.problem():
             self.tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
             return
@@ -377,7 +388,7 @@ class Conductor:
                 stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
             if stream.entries:
                 self.following = True
-                if stream.is_last_step and call.done >= len(self.parts):
+                if stream.is_last_step and not self.broken:
                     self.streams.drop(stream.key)
 
     def tell(self, text: str) -> None:
@@ -388,16 +399,9 @@ class Conductor:
     def _recorder_for(self, latents: Tensor, output: Tensor) -> Recorder:
         key = (*latents.shape, *output.shape)
         if key not in self._recorders:
-            budget, axis = self.record_budget, self.head.frame_axis
+            budget, axis = self.record_budget, self.frame_axis
             self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
         return self._recorders[key]
 
 
 __all__ = ["Call", "Conductor", "Part"]
-
-
-def watched_inputs(program: Program, args: Sequence[Any]) -> list[Watched]:
-    """The inputs of a later part that are tensors and no parameters, as they are now."""
-    inputs = program.analysis.inputs
-    static = set(inputs.static)
-    return [Watched.of(args[i]) for i in range(len(args)) if i not in static]

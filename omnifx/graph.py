@@ -23,6 +23,9 @@ EXTRA_OUTPUTS = "omnifx_extra_outputs"
 CONDITIONS = "omnifx_conditions"
 """Where `HoistConditions` leaves the graph of what it hoisted."""
 
+SMALL = 4096
+"""Inputs of at most this many elements (and never the latents) count as small: timesteps, labels, scales."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -326,6 +329,7 @@ __all__ = [
     "CONDITIONS",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
+    "SMALL",
     "Analysis",
     "BitSets",
     "Branch",

@@ -81,14 +81,19 @@ def resolve(policy: str | Policy) -> Policy:
     return known[policy]()
 
 
+SLACK = 0.05
+"""How much of a step a plan may miss the asked speedup by: a reuse step is not quite free, and half of the steps reused
+is what a user means by 2x."""
+
+
 def reuse_steps_needed(profile: Profile, speedup: float) -> int:
-    """How many of the profile's steps must reuse everything so that FLOPs fall to 1/`speedup`; may exceed what
-    exists."""
+    """How many of the profile's steps must reuse everything so that FLOPs fall to 1/`speedup`, up to `SLACK` of a step;
+    may exceed what exists."""
     steps, cost = profile.num_steps, profile.meta.cost_of((REUSE,) * len(profile.meta.branches))
     if cost >= 1.0:
         raise ConfigError("the profile's branches save no FLOPs, so no number of reuse steps reaches any speedup.")
     needed = steps * (1.0 - 1.0 / speedup) / (1.0 - cost)
-    return max(0, int(-(-(needed - 1e-9) // 1)))
+    return max(0, int(-(-(needed - SLACK) // 1)))
 
 
 def refuse_speedup(policy: str, speedup: float, most: float, why: str) -> ConfigError:
@@ -105,6 +110,7 @@ def check_speedup(speedup: float | None, *, default: float) -> float:
 
 
 __all__: Sequence[str] = (
+    "SLACK",
     "Policy",
     "check_speedup",
     "policies",

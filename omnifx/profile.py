@@ -44,17 +44,6 @@ class BranchMeta(BaseModel):
     """Bytes of its cuts, for one stream."""
 
 
-class PartMeta(BaseModel):
-    """One graph of a step, where graph breaks split the model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    branches: int = Field(ge=0)
-    """How many of the profile's branches lie in it."""
-    varying: tuple[int, ...] = ()
-    """Positions of its inputs that are other tensors in every step; all others must stay as they are."""
-
-
 class ProfileMeta(BaseModel):
     """The JSON half of a profile."""
 
@@ -80,8 +69,6 @@ class ProfileMeta(BaseModel):
     """Positions of the graph's inputs that change from step to step with the timestep."""
     varying_inputs: tuple[int, ...] = ()
     """Positions of large inputs, beside the latents, that change from step to step."""
-    parts: tuple[PartMeta, ...] = ()
-    """The graphs of a step in the order they run; empty if there is one."""
     sketched: bool = False
     """Whether the vectors were too large to keep, so that inner products come from a random sketch."""
 

@@ -22,7 +22,6 @@ from omnifx.graph import (
     Branch,
     analysis_of,
     clone,
-    float_outputs,
     nodes_by_name,
     num_bytes,
     output_of,
@@ -77,13 +76,15 @@ class Program:
         lowering: Makes a variant run.
         budget: Most bytes of caches for one stream; branches that do not fit are not cached, the least saving a byte
         first.
+        hoists: Whether reuse variants take what timesteps and labels alone decide from a table.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int], lowering: Lowering, *, budget: int
+        self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int], lowering: Lowering, *, budget: int, hoists: bool = True
     ) -> None:
         self.inputs = list(inputs)
         self.lowering = lowering
+        self.hoists = hoists
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
@@ -110,13 +111,6 @@ class Program:
             for i in self.noisy
         )
         self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
-
-    @property
-    def largest_output(self) -> int | None:
-        """Position of the largest floating-point output; None if there is none."""
-        outputs = output_of(self.gm).args[0]
-        found = [i for i in float_outputs(self.gm) if i < self.num_outputs]
-        return max(found, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
 
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
         """The cuts that a variant reads, by node name."""
@@ -164,7 +158,7 @@ class Program:
         start = time.perf_counter()
         gm = clone(self.gm)
         if spec != self.plain:
-            run_passes(gm, pipeline(spec, self.grids), label=spec.label)
+            run_passes(gm, pipeline(spec, self.grids, hoists=self.hoists), label=spec.label)
         labels = tuple(gm.meta.get(EXTRA_INPUTS, ()))
         values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         flops = total_flops(gm)

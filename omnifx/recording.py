@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnifx.clock import Reading, Timeline
 from omnifx.grid import Grid, part_index
-from omnifx.profile import NUM_BANDS, NUM_HALVES, BranchMeta, PartMeta, Profile, ProfileMeta
+from omnifx.profile import NUM_BANDS, NUM_HALVES, BranchMeta, Profile, ProfileMeta
 
 if TYPE_CHECKING:
     from omnifx.graph import Inputs
@@ -127,11 +127,13 @@ class Recording:
         else:
             self.groups.append([_Call(reading, vectors)])
 
-    def replace_last(self, reading: Reading, recorder: Recorder, vectors: Tensor) -> None:
-        """A later graph of the same call gave the model's output: keep that instead."""
-        if self.groups and self.groups[-1][-1].reading is reading:
-            self.recorder = recorder
-            self.groups[-1][-1].vectors = vectors
+    def fill_first(self, vectors: Tensor, recorder: Recorder) -> None:
+        """Let the first calls, whose output nobody saw, have the second ones' in its place."""
+        for call in self.groups[0]:
+            whole = vectors.clone()
+            whole[0] = call.vectors[0] if call.vectors.shape == whole.shape else whole[0]
+            call.vectors = whole
+        self.recorder = recorder
 
     def _same_step(self, reading: Reading) -> bool:
         last = self.groups[-1][-1].reading
@@ -216,7 +218,6 @@ class Recording:
         branches: tuple[BranchMeta, ...],
         latent_shape: tuple[int, ...],
         output_shape: tuple[int, ...],
-        parts: tuple[PartMeta, ...] = (),
     ) -> Profile:
         """The profile of this one run; call only if there is no `problem`."""
         assert self.recorder is not None  # there is no problem, so there are calls
@@ -235,7 +236,6 @@ class Recording:
             num_runs=1,
             flops=flops,
             branches=branches,
-            parts=parts,
             latent_shape=latent_shape,
             output_shape=output_shape,
             filter_axes=self.recorder.grid.axes,

@@ -14,26 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnifx.clock import Reader, Reading, Watched
+from omnifx.boundary import Underway
+from omnifx.clock import Reader
 from omnifx.conditions import Table
-from omnifx.conductor import Call, Conductor, Part, watched_inputs
+from omnifx.conductor import Call, Conductor, Part
 from omnifx.grid import low_pass
 from omnifx.passes.pipeline import VariantSpec
 from omnifx.plan import REUSE, Row
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
-from omnifx.weights import WeightWatch
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
-
-
-class Underway(threading.local):
-    """The step that each thread is in, for the parts of a broken graph to find."""
-
-    call: Call | None = None
-    conductor: Conductor | None = None
 
 
 @dataclass
@@ -44,8 +37,10 @@ class Job:
     part: Part
     row: Row
     reason: str
-    weights: int
+    weights: tuple[int, int]
+    """Versions of the model's and of this part's weights."""
     small: tuple[tuple[float, ...], ...]
+    """Values of the graph's small inputs; empty in a broken model."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[int, Tensor] = field(default_factory=dict)
     computed: int = 0
@@ -57,10 +52,8 @@ class Runner:
 
     Args:
         program: The captured graph.
-        conductor: Decides; None for a part of a broken graph, which does what the step under way says.
-        underway: Shared by all runners of a session.
-        opens: Whether a call of this graph is the first of a step.
-        breaks: Whether other graphs follow in the same step.
+        conductor: Decides; None for a part of a broken model, which does what the step under way says.
+        underway: Where to find that step.
         inactive: Why nothing can be reused here; empty if it can.
     """
 
@@ -72,8 +65,6 @@ class Runner:
         log: Log,
         conductor: Conductor | None,
         underway: Underway,
-        opens: bool = True,
-        breaks: bool = False,
         inactive: str = "",
     ) -> None:
         self.program = program
@@ -81,12 +72,9 @@ class Runner:
         self.log = log
         self.conductor = conductor
         self.underway = underway
-        self.opens = opens
-        self.breaks = breaks
         self._inactive = inactive
         self.late_compilations = 0
         self.reader = Reader(program.analysis.inputs)
-        self.watch = WeightWatch(program.analysis.inputs.static)
         self._tables: dict[VariantSpec, Table] = {}
         self._coefficients: dict[tuple[float, float], Tensor] = {}
         self._low_pass: dict[tuple[int, float], Tensor] = {}
@@ -107,11 +95,11 @@ class Runner:
     def specs_ahead(self) -> list[VariantSpec]:
         """Variants to compile before they are needed: those of the known plans, else those the policy may use."""
         program, conductor = self.program, self.conductor
-        if self.inactive or not self.policy.needs_profile or (not program.names and not self.breaks):
+        if self.inactive or not self.policy.needs_profile or not program.names:
             return [program.plain]
         full = program.full(measures=False)
-        if conductor is None or self.breaks:
-            return [full, program.reusing(program.reuse_row, corrects=False)] if program.names else [program.plain]
+        if conductor is None:
+            return [full, program.reusing(program.reuse_row, corrects=False)]
         if not conductor.entries or conductor.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
             return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
@@ -131,10 +119,10 @@ class Runner:
         if self.inactive or not self.policy.needs_profile:
             self._log_plain()
             return self.program.variant(self.program.plain).run(args)
-        job, reading = self._begin(args) if self.conductor is not None else (self._join(args), None)
+        job = self._begin(args) if self.conductor is not None else self._join(args)
         if job is None:
             return self.program.variant(self.program.plain).run(args)
-        return self._run(job, reading, args)
+        return self._run(job, args)
 
     def _log_plain(self) -> None:
         with self._lock:
@@ -145,51 +133,45 @@ class Runner:
                 flops = self.program.analysis.flops
                 log.steps.append(StepLog(len(log.steps), 0, "full", self.inactive, flops, flops))
 
-    def _begin(self, args: list[Any]) -> tuple[Job, Reading]:
-        """A call of the head: a new step."""
+    def _begin(self, args: list[Any]) -> Job:
+        """A call of the one graph of a step."""
         conductor = self.conductor
         assert conductor is not None
-        latents = self.program.analysis.inputs.latents
+        part, latents = conductor.parts[0], self.program.analysis.inputs.latents
         with self._lock:
-            self.watch.look(args)
-            reading = self.reader.read(args, self.watch.probes)
-            self.watch.compare(reading.probes)
-            call = conductor.decide(reading, args[latents] if latents is not None else None)
-            self.underway.call, self.underway.conductor = (call, conductor) if self.breaks else (None, None)
-            return self._job(call, conductor.parts[0], reading.small, args), reading
+            part.watch.look(args)
+            reading = self.reader.read(args, part.watch.probes)
+            part.watch.compare(reading.probes)
+            call = conductor.decide(
+                reading, args[latents] if latents is not None else None, weights=part.watch.version
+            )
+            return self._job(call, part, reading.small)
 
     def _join(self, args: list[Any]) -> Job | None:
-        """A call of a further part of the step under way."""
-        if self.opens:
-            self.underway.call = None  # a new step; what runs before its head belongs to no plan
+        """A call of one of the graphs of the step under way."""
         call, conductor = self.underway.call, self.underway.conductor
         if call is None or conductor is None or conductor.inactive:
             return None
-        part = conductor.part_of(call, self.program)
-        if part is None:
-            return None
         with conductor.lock:
-            self.watch.look(args)
-            return self._job(call, part, self.reader.small(args), args)
+            part = conductor.part_of(call, self.program)
+            if part is None:
+                return None
+            part.watch.look(args)
+            return self._job(call, part, ())
 
-    def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...], args: list[Any]) -> Job:
+    def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...]) -> Job:
         """What to do of the step's row here; computes where a cache is not proven to be valid."""
-        conductor, stream = self._conductor, call.stream
-        row, reason = part.row_in(call.row), ""
+        row, cache = part.row_in(call.row), call.stream.cache
         if len(row) != len(self.program.names):
             row = self.program.compute_row
-        cache = stream.cache
-        job = Job(call, part, row, call.reason, self.watch.version, small)
-        if part.index and stream.recording is not None:
-            conductor.watch(part, watched_inputs(self.program, args))
-        if REUSE in row and (reason := self._refusal(job, args)):
+        job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small)
+        if REUSE in row and (reason := self._refusal(job)):
             job.row, job.reason = self.program.compute_row, reason
-            stream.on_plan = False
             call.correction = None
-        if len(conductor.parts) == 1:
-            job.cuts, job.noise = dict(cache.cuts), dict(cache.noise)
-        else:
-            job.cuts = {cut: cache.cuts[key] for cut in self.program.cut_values if (key := part.key(cut)) in cache.cuts}
+            call.stream.on_plan = False
+        keys = {cut: part.key(cut) for cut in self.program.cut_values} if part.prefix else None
+        job.cuts = dict(cache.cuts) if keys is None else {c: cache.cuts[k] for c, k in keys.items() if k in cache.cuts}
+        job.noise = dict(cache.noise)
         return job
 
     @property
@@ -198,28 +180,19 @@ class Runner:
         assert conductor is not None  # only called within a step
         return conductor
 
-    def _refusal(self, job: Job, args: list[Any]) -> str:
+    def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
-        if cache.weights.get(part.index) != job.weights:
-            return "the weights changed since the caches were made" if part.index in cache.weights else "nothing is cached yet"
-        reads = self.program.cuts_of(self.program.reusing(job.row, corrects=False))
-        for cut in reads:
+        for cut in self.program.cuts_of(self.program.reusing(job.row, corrects=False)):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
-        if part.index:
-            varying = self._conductor.varying_of(job.call.stream, part)
-            old, now = cache.watched.get(part.index, ()), watched_inputs(self.program, args)
-            if varying is None or len(old) != len(now):
-                return "it is not known which inputs of this part of the model may change"
-            for i, (a, b) in enumerate(zip(old, now, strict=True)):
-                if i not in varying and not a.same(b):  # type: ignore[attr-defined]
-                    return f"an input of graph {part.index} changed that stayed the same when it was calibrated"
+        if cache.weights.get(part.index) != job.weights:
+            return "the weights changed since the caches were made"
         return ""
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def _run(self, job: Job, reading: Reading | None, args: list[Any]) -> Sequence[Any]:
+    def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
         program, call, stream = self.program, job.call, job.call.stream
         computes = REUSE not in job.row
         if not computes:
@@ -230,10 +203,9 @@ class Runner:
             for table in self._tables.values():
                 table.check(args)
         before = self._before(job, args) if computes else {}
-        watched = watched_inputs(program, args) if computes and job.part.index and program.names else None
         extra = self._extra_inputs(variant, job, args)
         outputs = variant.run([*args, *extra])
-        self._store_outputs(variant, job, outputs[program.num_outputs :], watched)
+        self._store_outputs(variant, job, outputs[program.num_outputs :])
         noise = self._keep_noise(job, before, outputs)
         if computes and program.names:
             self._warm_up(job, args, outputs)
@@ -248,7 +220,7 @@ class Runner:
         """
         program, stream = self.program, job.call.stream
         cached: dict[int, Tensor] = {}
-        wanted = job.call.measures and len(self._conductor.parts) == 1 and not program.writes_inputs
+        wanted = job.call.measures and not self._conductor.broken and not program.writes_inputs
         if wanted and program.noisy and all(cut in job.cuts for cut in program.cut_values):
             variant = self._any_reuse(stream.reads_noise)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
@@ -320,7 +292,7 @@ class Runner:
                 table = self._tables[variant.spec] = Table(conditions)
                 table.check(args)
             copies = not self.program.lowering.owns_outputs
-            values, missed = table.read(job.small, args, version=job.weights, copies=copies)
+            values, missed = table.read(job.small, args, version=job.weights[0], copies=copies)
         job.computed += conditions.flops * missed
         return values
 
@@ -342,9 +314,7 @@ class Runner:
             self._low_pass[key] = low_pass(size, cutoff).to(device)
         return self._low_pass[key]
 
-    def _store_outputs(
-        self, variant: Variant, job: Job, extra: Sequence[Any], watched: list[Watched] | None
-    ) -> None:
+    def _store_outputs(self, variant: Variant, job: Job, extra: Sequence[Any]) -> None:
         """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
         stream, program, part = job.call.stream, self.program, job.part
         for label, value in zip(variant.extra_outputs, extra, strict=True):
@@ -367,8 +337,6 @@ class Runner:
                 stream.cache.cuts.update({part.key(name): value for name, value in job.cuts.items()})
                 if REUSE not in job.row:
                     stream.cache.weights[part.index] = job.weights
-                    if watched is not None:
-                        stream.cache.watched[part.index] = tuple(watched)
 
     def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
         """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
@@ -387,17 +355,15 @@ class Runner:
         conductor, call, program = self._conductor, job.call, self.program
         conductor.after(
             call,
-            label=variant.spec.label if program.names or len(conductor.parts) == 1 else "",
+            label=variant.spec.label if program.names or not conductor.broken else "",
             reason=job.reason,
             spent=variant.flops + job.computed,
             whole=program.analysis.flops,
         )
-        if call.stream.recording is not None:
-            main = program.main_output if program.main_output is not None else program.largest_output
+        if call.stream.recording is not None and not conductor.broken:
+            main = program.main_output
             with self._lock:
-                conductor.keep(call, job.part, outputs[main] if main is not None else None, noise)
-        if not self.breaks and job.part.index == 0:
-            call.latents = None
+                conductor.keep(call, outputs[main] if main is not None else None, noise)
 
     def _warm_up(self, job: Job, args: list[Any], outputs: Sequence[Any]) -> None:
         """Compile what the plan will need, and check each reuse variant once: fed this step's own cuts it must
@@ -432,4 +398,4 @@ def _zeros_like(fake: Tensor) -> Tensor:
     return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).zero_()
 
 
-__all__ = ["Runner", "Underway"]
+__all__ = ["Runner"]

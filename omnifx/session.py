@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from omnifx.boundary import Boundary, Underway, compiled_call
 from omnifx.clock import Marked, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
+from omnifx.graph import Inputs
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -32,12 +34,11 @@ from omnifx.program import Program
 from omnifx.recording import Recording
 from omnifx.report import MatchReport
 from omnifx.runlog import Log, Stats
-from omnifx.runner import Runner, Underway
+from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
-_UNKNOWN = object()
 
 
 class Session:
@@ -54,9 +55,9 @@ class Session:
         self.store: CacheStore | None = None
         self.record_only = options.record_only
         self.names: list[str] = []
-        self._underway = Underway()
-        self._opening: object = _UNKNOWN  # the code whose graph is called first in a step
-        self._head: object = _UNKNOWN  # the code whose graph has the latents
+        self.conductors: list[Conductor] = []  # one for each capture of the model, newest last
+        self.boundary: Boundary | None = None
+        self.underway = Underway()
         _SESSIONS.add(self)
 
     # -- capture -------------------------------------------------------------------------------------------------------
@@ -69,71 +70,119 @@ class Session:
         own = {id(p) for p in model.parameters()}
         return any(id(t) in own for t in tensors)
 
-    def add_program(self, program: Program, weights_hash: str, *, frame: object = None, breaks: bool = False) -> Runner:
+    def add_program(self, program: Program, weights_hash: str, *, broken: bool = False) -> Runner:
         """A runner for a newly captured graph; follows a known profile if there is one.
 
         Args:
             program: The graph.
             weights_hash: Of the graph's parameters.
-            frame: Stands for the code that was captured; the first one that was begins every step.
-            breaks: Whether the graph ends at a graph break, so that others follow in the same step.
+            broken: Whether the graph is only a part of a step.
         """
         device = next((t.device for t in program.inputs if isinstance(t, Tensor)), torch.device("cpu"))
-        if self.store is None:
-            self.store = CacheStore(self._budget(device))
-        if not self.runners:
-            self._opening = frame
-        leads = frame == self._head or (self._head is _UNKNOWN and program.analysis.inputs.latents is not None)
-        alone = not self.runners and not breaks
-        reason = self._inactive(program) if alone or (leads and not breaks) else ""
-        conductor: Conductor | None = None
-        if leads or alone:
-            self._head = frame
-            conductor = self._conductor(program, weights_hash, reason)
+        self._make_store(device)
         if program.over_budget:
             self.tell(
                 f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches "
                 f"uncached, the first is {program.over_budget[0].name}"
+            )
+        conductor, reason = None, ""
+        if broken and self.boundary is None:
+            reason = self._break_reason()
+        elif not broken:
+            reason = self._inactive([program])
+            conductor = self._conductor(
+                program.analysis.inputs,
+                program=program,
+                frame_axis=program.frame_axis,
+                latents=program.inputs[program.analysis.inputs.latents or 0],
+                fingerprint=_hash(self.model_name, weights_hash, *program.names),
+                inactive=reason,
             )
         runner = Runner(
             program,
             policy=self.policy,
             log=self.log,
             conductor=conductor,
-            underway=self._underway,
-            opens=frame == self._opening,
-            breaks=breaks,
+            underway=self.underway,
             inactive=reason,
         )
         self.runners.append(runner)
-        if conductor is not None and not runner.inactive:
-            with unset_fake_temporarily():  # a capture is under way, and would read the file as fake tensors
-                self._load_profiles(conductor)
-                self._share_plans(conductor)
+        if reason and broken:
+            self.tell(reason)
         return runner
 
-    def _conductor(self, program: Program, weights_hash: str, inactive: str) -> Conductor:
-        assert self.store is not None  # made with the first program
-        return Conductor(
-            program,
+    def _make_store(self, device: torch.device) -> CacheStore:
+        if self.store is None:
+            self.store = CacheStore(self._budget(device))
+        return self.store
+
+    def _conductor(
+        self,
+        inputs: Inputs,
+        *,
+        program: Program | None,
+        frame_axis: int | None,
+        latents: Tensor,
+        fingerprint: str,
+        inactive: str = "",
+    ) -> Conductor:
+        """A conductor that follows the plans which are known already."""
+        conductor = Conductor(
+            inputs,
+            program=program,
+            frame_axis=frame_axis,
+            latent_shape=tuple(map(int, latents.shape)) if isinstance(latents, Tensor) else (),
             policy=self.policy,
             speedup=self.options.speedup,
             steps=self.options.steps,
-            store=self.store,
+            store=self._make_store(latents.device if isinstance(latents, Tensor) else torch.device("cpu")),
             log=self.log,
             record_budget=int(self.options.record_budget),
             learned=self._save_profile if self.options.profile_cache and not self.record_only else None,
             make_profile=self._profile,
             record_only=self.record_only,
             inactive=inactive,
-            fingerprint=_hash(self.model_name, weights_hash, *program.names),
+            explain_nothing=self._inactive,
+            fingerprint=fingerprint,
             mark=lambda: marked_for(self),
         )
+        self.conductors.append(conductor)
+        if not inactive:
+            with unset_fake_temporarily():  # a capture is under way, and would read the file as fake tensors
+                self._load_profiles(conductor)
+                self._share_plans(conductor)
+        return conductor
 
-    @property
-    def conductors(self) -> list[Conductor]:
-        """One for each capture of the graph that begins a step."""
-        return [runner.conductor for runner in self.runners if runner.conductor is not None]
+    def watch_boundary(self) -> None:
+        """The model's graph is broken: see its calls from outside, the one under way and all later ones."""
+        found = compiled_call()
+        if found is None or self.boundary is not None or not self.policy.needs_profile:
+            return
+        model, owner, args, kwargs = found
+        digest = weights_hash(list(model.parameters()))
+
+        def make_conductor(inputs: Inputs, latents: Tensor | None) -> Conductor:
+            reason = "" if latents is not None else f"{self.model_name} was called without anything that looks like latents"
+            return self._conductor(
+                inputs,
+                program=None,
+                frame_axis=2 if latents is not None and latents.dim() == 5 else None,
+                latents=latents if latents is not None else torch.zeros(()),
+                fingerprint=_hash(self.model_name, digest, "broken"),
+                inactive=reason,
+            )
+
+        self.boundary = Boundary(model, make_conductor, self.underway)
+        self.boundary.install(owner)
+        with unset_fake_temporarily():
+            self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
+
+    def _break_reason(self) -> str:
+        return (
+            f"{self.model_name} was captured in parts (graph breaks), and it was not compiled as a module, so that its "
+            "steps cannot be told apart; nothing is reused. Compile the model itself: torch.compile(model, "
+            "backend='omnicache')"
+        )
 
     def _share_plans(self, conductor: Conductor) -> None:
         """Let a graph that was captured again (for another batch size, say) follow what the session knows already."""
@@ -153,22 +202,22 @@ class Session:
         """Most bytes of cuts that one stream may hold."""
         return self._budget(device)
 
-    def _inactive(self, program: Program) -> str:
-        if not program.names:
-            why = "; ".join(dict.fromkeys(b.reason for b in program.analysis.branches if b.reason))
-            return (
-                f"no branch of {self.model_name} can be reused: {len(program.analysis.branches)} residual branches "
-                "were found" + (f" ({why})" if why else f" among {len(program.gm.graph.nodes)} operators")
+    def _inactive(self, programs: Sequence[Program]) -> str:
+        """Why nothing can be reused of these graphs; empty if something can."""
+        branches = [branch for program in programs for branch in program.analysis.branches]
+        if not any(program.names for program in programs):
+            why = "; ".join(dict.fromkeys(b.reason for b in branches if b.reason))
+            operators = sum(len(program.gm.graph.nodes) for program in programs)
+            return f"no branch of {self.model_name} can be reused: {len(branches)} residual branches were found" + (
+                f" ({why})" if why else f" among {operators} operators"
             )
-        if program.analysis.inputs.latents is None:
+        if len(programs) == 1 and programs[0].analysis.inputs.latents is None:
             return (
                 f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
             )
         return ""
 
     def _profile(self, recording: Recording, conductor: Conductor) -> Profile:
-        program = conductor.head
-        latents = program.inputs[program.analysis.inputs.latents or 0]
         assert recording.recorder is not None  # it has steps
         return recording.profile(
             model=self.model_name,
@@ -176,8 +225,7 @@ class Session:
             versions=versions(),
             flops=conductor.flops,
             branches=conductor.branch_metas(),
-            parts=conductor.part_metas(),
-            latent_shape=tuple(map(int, latents.shape)),
+            latent_shape=conductor.latent_shape,
             output_shape=recording.recorder.output_shape,
         )
 
@@ -198,7 +246,7 @@ class Session:
             raise ConfigError(
                 "omnicache: the option 'plan' needs 'profile', which tells the steps of a generation apart."
             )
-        if not self.options.profile_cache or self.record_only or not conductor.policy.needs_profile:
+        if not self.options.profile_cache or self.record_only or not self.policy.needs_profile:
             return
         for path in sorted(profile_folder(conductor.fingerprint).glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
             try:
@@ -209,25 +257,23 @@ class Session:
                 self.tell(f"a cached profile is not used: {error}")
 
     def _check_profile(self, profile: Profile, conductor: Conductor) -> None:
-        program, meta = conductor.head, profile.meta
+        meta = profile.meta
         if meta.fingerprint != conductor.fingerprint:
             names = [branch.name for branch in meta.branches]
             what = (
                 f"it was measured on {meta.model}, this is {self.model_name}"
                 if meta.model != self.model_name
                 else "its branches are other ones"
-                if names != list(program.names)
+                if not conductor.broken and names != list(conductor.names)
                 else "its weights are other ones"
             )
             raise ProfileError(
                 f"the profile does not belong to this model: {what}. Calibrate this model with `omnifx calibrate`."
             )
-        latents = program.inputs[program.analysis.inputs.latents or 0]
-        if tuple(map(int, latents.shape))[1:] != meta.latent_shape[1:]:
+        if conductor.latent_shape[1:] != meta.latent_shape[1:]:
             raise ProfileError(
                 f"the profile was measured on latents {list(meta.latent_shape)}, these are "
-                f"{list(map(int, latents.shape))}; "
-                "only the batch size may differ. Calibrate at this size."
+                f"{list(conductor.latent_shape)}; only the batch size may differ. Calibrate at this size."
             )
 
     def _save_profile(self, conductor: Conductor, profile: Profile) -> None:

@@ -25,10 +25,8 @@ class StreamCache:
     """By part and node name; [as the branch made them], from the last step that computed the branch."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     """By output position: q of the last full step that measured it."""
-    weights: dict[int, int] = field(default_factory=dict)
-    """By part: version of the weights that computed its cuts."""
-    watched: dict[int, tuple[object, ...]] = field(default_factory=dict)
-    """By part: its invariant inputs as they were when its cuts were computed."""
+    weights: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By part: versions of the weights, the model's and the part's, that computed its cuts."""
 
     @property
     def num_bytes(self) -> int:
@@ -43,7 +41,6 @@ class StreamCache:
         """Forget everything."""
         self.cuts.clear()
         self.noise.clear()
-        self.watched.clear()
 
 
 class CacheStore:

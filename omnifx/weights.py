@@ -21,10 +21,12 @@ class WeightWatch:
 
     Args:
         positions: Where a call's arguments hold parameters and buffers.
+        probes: Whether to pick elements for the clock to read.
     """
 
-    def __init__(self, positions: Sequence[int]) -> None:
+    def __init__(self, positions: Sequence[int], *, probes: bool = True) -> None:
         self.version = 0
+        self._wants_probes = probes
         self.probes: list[Tensor] = []
         """Views of single elements, for the clock to read with everything else it reads."""
         self._pick = operator.itemgetter(*positions) if len(positions) > 1 else None
@@ -42,13 +44,18 @@ class WeightWatch:
         except RuntimeError:  # tensors made under inference_mode count no versions
             versions = [-1 if weight.is_inference() else weight._version for weight in weights]
         if pointers != self._pointers:
-            self.probes = _scalars_of(weights)
+            if self._wants_probes:
+                self.choose(weights)
             self._pointers = pointers
             self._versions = versions
             self.version += 1
         elif versions != self._versions:
             self._versions = versions
             self.version += 1
+
+    def choose(self, weights: Sequence[Tensor]) -> None:
+        """Pick the probes among these weights."""
+        self.probes = _scalars_of(weights)
 
     def compare(self, values: tuple[float, ...]) -> None:
         """Compare the probes' values: ``weight.data += delta`` changes neither pointers nor versions."""

@@ -32,6 +32,7 @@ from omnifx.errors import ConfigError, PassError
 from omnifx.flops import is_attention
 from omnifx.graph import (
     ANALYSIS,
+    SMALL,
     Analysis,
     BitSets,
     Branch,
@@ -56,9 +57,6 @@ STRUCTURAL = {
     aten.gather, aten.scatter, aten.masked_scatter, aten.roll, aten.flip, aten.narrow,
 }  # fmt: skip
 """Operators that move values and may change how many there are: a trunk path may cross them."""
-
-SMALL = 4096
-"""Inputs of at most this many elements (and never the latents) count as small: timesteps, labels, scales."""
 
 
 @dataclass(frozen=True, kw_only=True)

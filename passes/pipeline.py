@@ -47,7 +47,7 @@ class VariantSpec:
         return "+".join([base, *extras])
 
 
-def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...]) -> tuple[Pass, ...]:
+def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: bool = True) -> tuple[Pass, ...]:
     """The passes that turn the captured graph (analysed by `FindBranches`) into the variant `spec`."""
     passes: list[Pass] = []
     if spec.measures:
@@ -61,5 +61,6 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...]) -> tuple[Pa
     passes.append(Eliminate(freed=spec.reads))  # what reading the cuts left behind
     if spec.reads:
         passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
+    if spec.reads and hoists:
         passes.append(HoistConditions())  # last: of the conditions, only what the reuse step still needs
     return tuple(passes)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from omnifx.errors import ConfigError
 from omnifx.plan import COMPUTE, REUSE, Action, Plan
 from omnifx.policies.omnicache import OmniCache
-from omnifx.policy import resolve, reuse_steps_needed
+from omnifx.policy import SLACK, resolve, reuse_steps_needed
 from omnifx.profile import NUM_BANDS, NUM_HALVES, Profile
 from tests.profiles import make_profile, path
 
@@ -139,7 +139,7 @@ def test_the_speedup_is_reached_with_the_fewest_reuses_or_refused(
             policy.plan(profile, speedup=speedup)
         return
     plan = policy.plan(profile, speedup=speedup)
-    assert plan.speedup >= speedup - 1e-6
+    assert plan.speedup >= speedup / (1 + SLACK * speedup / len(plan.steps)) - 1e-6
     assert plan.num_reuse_steps == reuse_steps_needed(profile, speedup)
 
 
