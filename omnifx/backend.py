@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.external_utils import wrap_inline
 from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
@@ -36,11 +37,11 @@ def omnicache(
     session = session_for(model, options, example_inputs)
     if model is not None:
         keep_with(model, session)
-    broken = _is_part(model)
-    if model is not None and not broken:
-        _guard_identity()  # parts of a model may be shared by its blocks
+    broken = not _is_whole(model)
     if broken:
         session.watch_boundary()
+    elif model is not None and (argument := _model_argument(model)):
+        _guard_identity(argument)  # not for parts of a model, which its blocks may share
     static, session.names = state_inputs(gm)
     digest = weights_hash([example_inputs[i] for i in static])
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **session.options.inductor}
@@ -77,7 +78,7 @@ def _compile_program(
     return runner
 
 
-def _guard_identity() -> None:
+def _guard_identity(argument: str) -> None:
     """Let Dynamo compile anew for another instance of the same class.
 
     Parameters are inputs, so Dynamo would run one instance's code for all; but profiles, plans and statistics belong to
@@ -86,31 +87,58 @@ def _guard_identity() -> None:
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import LocalSource
 
-    install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
+    install_guard(LocalSource(argument).make_guard(GuardBuilder.ID_MATCH))
 
 
-def _is_part(model: nn.Module | None) -> bool:
-    """Whether the graph that Dynamo hands over is only a part of one call of the model: it ends at a graph break, or it
-    continues behind one, or Dynamo gave the model's own code up and compiles what that calls."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    translator = InstructionTranslator.current_tx()
+def _is_whole(model: nn.Module | None) -> bool:
+    """Whether Dynamo compiles the model's own `forward`, to its end: not a method or a block that `forward` calls, nor
+    what lies behind a graph break."""
+    translator = _translator()
     if translator is None:
-        return False
-    if bool(getattr(getattr(translator.output, "compile_subgraph_reason", None), "graph_break", False)):
         return True
-    owner = translator.f_locals.get("self")
-    return translator.f_code.co_name.startswith("torch_dynamo_resume_in_") or (
-        model is not None and isinstance(owner, nn.Module) and owner is not model
-    )
+    reason = getattr(translator.output, "compile_subgraph_reason", None)
+    if bool(getattr(reason, "graph_break", False)):
+        return False
+    code = translator.f_code
+    return not code.co_name.startswith("torch_dynamo_resume_in_") and (model is None or code in _entry_codes(model))
+
+
+def _entry_codes(model: nn.Module) -> set[Any]:
+    """The code that a call of the model may begin with: its `forward` and what that is wrapped in."""
+    codes = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+    codes.add(wrap_inline(lambda: None).__code__)  # how Dynamo enters modules of torch itself
+    work: list[Any] = [model.forward, type(model).forward]
+    while work:
+        function = work.pop()
+        function = getattr(function, "__func__", getattr(function, "func", function))  # a method, a partial
+        if (code := getattr(function, "__code__", None)) is not None:
+            codes.add(code)
+        if (wrapped := getattr(function, "__wrapped__", None)) is not None:
+            work.append(wrapped)
+    return codes
+
+
+def _model_argument(model: nn.Module) -> str:
+    """The name of the model among the arguments of the code that Dynamo compiles; empty if it is none of them."""
+    translator = _translator()
+    if translator is None:
+        return ""
+    names = translator.f_code.co_varnames[: translator.f_code.co_argcount]
+    return next((name for name in names if translator.f_locals.get(name) is model), "")
 
 
 def _root_module() -> nn.Module | None:
     """The module that was compiled: the one whose compiled form is being called, or whose `forward` Dynamo compiles."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
     if (found := compiled_call()) is not None:
         return found[0]
-    translator = InstructionTranslator.current_tx()
-    owner = translator.f_locals.get("self") if translator is not None else None
-    return owner if isinstance(owner, nn.Module) else None
+    translator = _translator()
+    if translator is None or not translator.f_code.co_argcount:
+        return None
+    first = translator.f_locals.get(translator.f_code.co_varnames[0])
+    return first if isinstance(first, nn.Module) else None
+
+
+def _translator() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx()

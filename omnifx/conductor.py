@@ -71,6 +71,7 @@ class Call:
     """Version of the model's weights as the clock saw them."""
     latents: Tensor | None = None
     """The latents while the call is being recorded; the sampler may overwrite them afterwards."""
+    logged: bool = False
     counts: Counter[int] = field(default_factory=Counter)
     """How often each program ran in this step."""
 
@@ -381,7 +382,8 @@ class Conductor:
         """A part of a step has run."""
         stream = call.stream
         with self.lock:
-            if not call.log.whole:
+            if not call.logged:
+                call.logged = True
                 stream.log.steps.append(call.log)
             call.log.add(label, reason, spent, whole)
             if REUSE not in call.row:
