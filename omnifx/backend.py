@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
-from omnifx.capture import capture, state_inputs
+from omnifx.capture import capture, root_module, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
 
@@ -31,7 +31,7 @@ def omnicache(
     Raises: ConfigError for unknown options or values out of range, ProfileError for a foreign profile; Dynamo wraps
         them in BackendCompilerFailed.
     """
-    model = _root_module()
+    model = root_module()
     session = session_for(model, options, example_inputs)
     if model is not None:
         keep_with(model, session)
@@ -80,12 +80,3 @@ def _guard_identity() -> None:
     from torch._dynamo.source import LocalSource
 
     install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
-
-
-def _root_module() -> nn.Module | None:
-    """The module whose `forward` Dynamo is compiling."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    translator = InstructionTranslator.current_tx()
-    owner = translator.f_locals.get("self") if translator is not None else None
-    return owner if isinstance(owner, nn.Module) else None

@@ -12,7 +12,9 @@ import hashlib
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from omnifx.breaks import GraphBreak, known_breaks
 from omnifx.clock import Marked, mark, marked_for
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
+from omnifx.graph import Branch
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -33,6 +37,8 @@ from omnifx.report import MatchReport
 from omnifx.runlog import Log, Stats
 from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
+from omnifx.trunks import with_trunks
+from omnifx.unmatched import nothing_found
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
@@ -94,8 +100,8 @@ class Session:
         if len(self.runners) >= 1 and not _same_graph(self.runners[0].program, program):
             reason = (
                 f"{self.model_name} was captured as {len(self.runners) + 1} graphs (graph breaks); omnifx reuses "
-                "across steps only "
-                "where the whole step is one graph. Remove the breaks: TORCH_LOGS=graph_breaks shows where they are"
+                "across steps only where the whole step is one graph. Remove the breaks: omnifx.explain lists them"
+                + (f", the latest is at {breaks[-1].place}: {breaks[-1].reason}" if (breaks := known_breaks()) else "")
             )
             for other in (*self.runners, runner):
                 other.inactive = other.inactive or reason
@@ -127,11 +133,7 @@ class Session:
 
     def _inactive(self, program: Program) -> str:
         if not program.names:
-            why = "; ".join(dict.fromkeys(b.reason for b in program.analysis.branches if b.reason))
-            return (
-                f"no branch of {self.model_name} can be reused: {len(program.analysis.branches)} residual branches "
-                "were found" + (f" ({why})" if why else f" among {len(program.gm.graph.nodes)} operators")
-            )
+            return nothing_found(self.model_name, [(program.gm, program.analysis)])
         if program.analysis.inputs.latents is None:
             return (
                 f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
@@ -246,10 +248,27 @@ class Session:
             warnings.warn(f"omnifx: {text}", OmnifxWarning, stacklevel=2)
 
 
-def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> MatchReport:
-    """The report of one model's captured graphs."""
+def report_of(
+    model: str,
+    programs: Sequence[Program],
+    names: Sequence[str],
+    *,
+    entries: Sequence[tuple[int, str]] | None = None,
+    breaks: tuple[GraphBreak, ...] = (),
+) -> MatchReport:
+    """The report of one model's captured graphs.
+
+    Args:
+        model: Its class.
+        programs: Its graphs.
+        names: Plain names of the inputs of a model that is one graph.
+        entries: For one call, the graphs that ran by number, each with the path of the module it ran for; None: each
+            graph once, for the model itself.
+        breaks: Where it fell apart.
+    """
+    ran = [(programs[i], path) for i, path in entries] if entries is not None else [(p, "") for p in programs]
     inputs: dict[str, str] = {}
-    for program in programs:
+    for program in programs if entries is None or len(programs) == 1 else ():  # parts of a model have other inputs
         roles = program.analysis.inputs
         label = {i: names[i] if i < len(names) else name for i, name in enumerate(roles.names)}
         for i in (*([roles.latents] if roles.latents is not None else []), *roles.small, *roles.large):
@@ -262,19 +281,40 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
     notes = []
     if len(programs) > 1:
         notes.append(
-            f"{len(programs)} graphs: reuse across steps needs the whole step in one graph; "
-            "TORCH_LOGS=graph_breaks shows why"
+            f"{len(programs)} graphs: reuse across steps needs the whole step in one graph"
+            + ("" if breaks else "; TORCH_LOGS=graph_breaks shows why it is not")
         )
     return MatchReport(
         model=model,
-        branches=tuple(branch for program in programs for branch in program.analysis.branches),
-        flops=sum(program.analysis.flops for program in programs),
-        reuse_flops=sum(program.analysis.reuse_flops for program in programs),
-        cache_bytes=sum(program.cache_bytes for program in programs),
+        branches=_branches_of(ran),
+        flops=sum(program.analysis.flops for program, _ in ran),
+        reuse_flops=sum(program.analysis.reuse_flops for program, _ in ran),
+        cache_bytes=sum(program.cache_bytes for program, _ in ran),
         graphs=len(programs),
+        entries=len(ran),
         inputs=inputs,
+        breaks=breaks,
         notes=tuple(notes),
     )
+
+
+def _branches_of(ran: Sequence[tuple[Program, str]]) -> tuple[Branch, ...]:
+    """The branches of all graphs that ran, named from the model's root on."""
+    found: list[Branch] = []
+    placed = {id(program): with_trunks(program.gm, program.analysis.branches) for program, _ in ran}
+    taken: Counter[str] = Counter()
+    for program, path in ran:
+        for branch in placed[id(program)]:
+            name = f"{path}.{branch.name}" if path else branch.name
+            taken[name] += 1
+            found.append(
+                replace(
+                    branch,
+                    name=name if taken[name] == 1 else f"{name}.{taken[name]}",
+                    module_path=f"{path}.{branch.module_path}".rstrip(".") if path else branch.module_path,
+                )
+            )
+    return tuple(found)
 
 
 def find_session(compiled: object) -> Session:
