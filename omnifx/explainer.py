@@ -70,7 +70,7 @@ def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _T
         return _capture_call(model, args, kwargs, computes=True)
     try:
         return _capture_call(model, args, kwargs, computes=False)
-    except Exception:  # whatever the model wanted of its values, the meta device has none
+    except Exception:  # noqa: BLE001 - whatever the model wanted of its values, the meta device has none
         torch._dynamo.reset()
         return _capture_call(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
 

@@ -24,6 +24,7 @@ class MatchReport:
         inputs: The role of each input: latents, small, or watched for change.
         breaks: Where and why the model fell apart into several graphs.
         entries: How often one call enters a graph; equal modules of a broken model share theirs.
+        samples: Samples in that call; 0 if unknown.
     """
 
     model: str
@@ -36,6 +37,7 @@ class MatchReport:
     notes: tuple[str, ...] = ()
     breaks: tuple[GraphBreak, ...] = ()
     entries: int = 1
+    samples: int = 0
 
     @property
     def cacheable(self) -> tuple[Branch, ...]:
@@ -48,6 +50,7 @@ class MatchReport:
             "model": self.model,
             "graphs": self.graphs,
             "entries": self.entries,
+            "samples": self.samples,
             "flops": self.flops,
             "reuse_flops": self.reuse_flops,
             "cache_bytes": self.cache_bytes,

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from omnifx.breaks import GraphBreak, known_breaks
 from omnifx.clock import Marked, mark, marked_for
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
-from omnifx.graph import Branch
+from omnifx.graph import Branch, hint
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -292,10 +292,17 @@ def report_of(
         cache_bytes=sum(program.cache_bytes for program, _ in ran),
         graphs=len(programs),
         entries=len(ran),
+        samples=_samples(programs[0]) if len(programs) == 1 else 0,
         inputs=inputs,
         breaks=breaks,
         notes=tuple(notes),
     )
+
+
+def _samples(program: Program) -> int:
+    """The first side of the latents."""
+    latents = program.analysis.inputs.latents
+    return hint(program.inputs[latents].shape[0]) if latents is not None else 0
 
 
 def _branches_of(ran: Sequence[tuple[Program, str]]) -> tuple[Branch, ...]:
