@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering

@@ -30,7 +30,7 @@ LABELS = {
     "joint_attention": "Joint attention",
     "mlp": "MLP",
     "conv": "Convolution",
-    "parallel": "Attention and MLP in parallel",
+    "parallel": "Parallel attention + MLP",
 }
 
 
@@ -99,11 +99,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Group:
-    """A run, drawn: the first block stands for all, the others are unfolded on demand."""
+    """A run, drawn: while it is folded, its first block stands for all; unfolded, each is there."""
 
     shown: tuple[Piece, ...]
     folded: tuple[Piece, ...]
-    count: int
+    """Every block; empty if there is only one."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def picture_of(report: MatchReport) -> Picture:
     numbers = sorted({_trunk(t) for b in report.branches for t in b.trunks} | {0})
     left = 20 + _GAP * (len(numbers) - 1)
     x_of = {number: left - _GAP * i for i, number in enumerate(numbers)}
-    last = {number: 0 for number in numbers}
+    last = dict.fromkeys(numbers, 0)
     for i, run in enumerate(runs):
         for block in run.blocks[: run.period]:
             for branch in block.branches:
@@ -166,34 +166,21 @@ def picture_of(report: MatchReport) -> Picture:
     last[0] = len(runs)
     total = report.flops or 1
     largest = max((run.count * b.flops / total for run in runs for blk in run.blocks for b in blk.branches), default=1)
+    layout = _Layout(x_of=x_of, total=total, largest=largest)
     groups = []
     for i, run in enumerate(runs):
         lines = tuple(x_of[n] for n in numbers if last[n] >= i)
         ending = tuple(x_of[n] for n in numbers if last[n] == i - 1)
-
-        def piece(block: Block, times: int, above: tuple[int, ...], lines: tuple[int, ...] = lines) -> Piece:
-            boxes = tuple(
-                _box(branch, block, times, total, largest, HEADER + ROW * row, x_of)
-                for row, branch in enumerate(block.branches)
-            )
-            return Piece(block.path, times, boxes, lines, above, HEADER + ROW * len(boxes))
-
-        groups.append(
-            Group(
-                shown=tuple(
-                    piece(block, run.count, () if at else ending) for at, block in enumerate(run.blocks[: run.period])
-                ),
-                folded=tuple(piece(block, 1, ()) for block in run.blocks[run.period :]),
-                count=run.count,
-            )
-        )
+        shown = tuple(layout.piece(run, at, lines, () if at else ending) for at in range(run.period))
+        folded = tuple(layout.piece(run, at, lines, (), folded=False) for at in range(len(run.blocks)))
+        groups.append(Group(shown, folded if run.count > 1 else ()))
     box_x = left + _NEAREST
     return Picture(
         groups=tuple(groups),
         trunks=tuple(x_of[n] for n in numbers),
         box_x=box_x,
         box_width=WIDTH - box_x - 2,
-        ending=tuple(x_of[n] for n in numbers if 0 < n and last[n] == len(runs) - 1),
+        ending=tuple(x_of[n] for n in numbers if n > 0 and last[n] == len(runs) - 1),
         largest=largest,
     )
 
@@ -219,19 +206,35 @@ def _trunk(number: int) -> int:
     return min(number, _MOST_TRUNKS - 1)
 
 
-def _box(
-    branch: Branch, block: Block, times: int, total: int, largest: float, y: int, x_of: dict[int, int]
-) -> Box:
-    share = times * branch.flops / total
-    inside = branch.name[len(block.path) :].lstrip(".")
-    return Box(
-        branch=branch,
-        label=label_of(branch.kind),
-        name=inside,
-        share=share,
-        bar=share / largest if largest else 0.0,
-        times=times,
-        cache=bytes_text(branch.cache_bytes * times) if branch.cacheable else "",
-        y=y,
-        trunks=tuple(dict.fromkeys(x_of[_trunk(t)] for t in branch.trunks or (0,))),
-    )
+@dataclass(frozen=True)
+class _Layout:
+    """What all pieces of one picture share."""
+
+    x_of: dict[int, int]
+    total: int
+    largest: float
+
+    def piece(
+        self, run: Run, at: int, lines: tuple[int, ...], ending: tuple[int, ...], *, folded: bool = True
+    ) -> Piece:
+        """One block of a run; folded, it stands for all blocks of its kind."""
+        block, times = run.blocks[at], run.count if folded else 1
+        title = block.path
+        if times > 1:
+            title += f"–{run.blocks[at - run.period].path.rpartition('.')[2]}"
+        boxes = tuple(self._box(b, block, times, HEADER + ROW * row) for row, b in enumerate(block.branches))
+        return Piece(title, times, boxes, lines, ending, HEADER + ROW * len(boxes))
+
+    def _box(self, branch: Branch, block: Block, times: int, y: int) -> Box:
+        share = times * branch.flops / self.total
+        return Box(
+            branch=branch,
+            label=label_of(branch.kind),
+            name=branch.name[len(block.path) :].lstrip("."),
+            share=share,
+            bar=share / self.largest if self.largest else 0.0,
+            times=times,
+            cache=bytes_text(branch.cache_bytes * times) if branch.cacheable else "",
+            y=y,
+            trunks=tuple(dict.fromkeys(self.x_of[_trunk(t)] for t in branch.trunks or (0,))),
+        )

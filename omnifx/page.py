@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import cache
 
@@ -28,6 +29,7 @@ def page_of(report: MatchReport) -> str:
         label_of=diagram.label_of,
         css=_css,
         clip=_clip,
+        breakable=lambda name: re.findall(r"[^._]*[._]?", name),
         WIDTH=diagram.WIDTH,
         HEADER=diagram.HEADER,
     )

@@ -14,7 +14,7 @@ from omnifx.passes.find_branches import ADDITIONS
 
 _ADVICE = (
     "Expected additions x + f(x) around attention and feed-forward layers, with x descending from the latents: pass "
-    "the transformer itself (not a pipeline, a text encoder or one layer), under torch.no_grad(), with tensors as inputs"
+    "the transformer itself (not a pipeline, a text encoder or one layer), under torch.no_grad(), inputs as tensors"
 )
 
 
