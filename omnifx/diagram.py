@@ -118,7 +118,8 @@ class Picture:
     ending: tuple[int, ...]
     """Trunks that are left at the output."""
     largest: float
-    """The share of FLOPs that the longest bar stands for."""
+    """The share of FLOPs that the longest bar stands for, and while everything is unfolded."""
+    largest_single: float
 
 
 def blocks_of(branches: Sequence[Branch]) -> list[Block]:
@@ -165,8 +166,9 @@ def picture_of(report: MatchReport) -> Picture:
                 last.update((_trunk(t), i) for t in branch.trunks)
     last[0] = len(runs)
     total = report.flops or 1
-    largest = max((run.count * b.flops / total for run in runs for blk in run.blocks for b in blk.branches), default=1)
-    layout = _Layout(x_of=x_of, total=total, largest=largest)
+    largest = max((run.count * b.flops for run in runs for blk in run.blocks for b in blk.branches), default=0) / total
+    largest_single = max((branch.flops for branch in report.branches), default=0) / total
+    layout = _Layout(x_of, total, largest, largest_single)
     groups = []
     for i, run in enumerate(runs):
         lines = tuple(x_of[n] for n in numbers if last[n] >= i)
@@ -182,6 +184,7 @@ def picture_of(report: MatchReport) -> Picture:
         box_width=WIDTH - box_x - 2,
         ending=tuple(x_of[n] for n in numbers if n > 0 and last[n] == len(runs) - 1),
         largest=largest,
+        largest_single=largest_single,
     )
 
 
@@ -213,6 +216,7 @@ class _Layout:
     x_of: dict[int, int]
     total: int
     largest: float
+    largest_single: float
 
     def piece(
         self, run: Run, at: int, lines: tuple[int, ...], ending: tuple[int, ...], *, folded: bool = True
@@ -222,17 +226,18 @@ class _Layout:
         title = block.path
         if times > 1:
             title += f"–{run.blocks[at - run.period].path.rpartition('.')[2]}"
-        boxes = tuple(self._box(b, block, times, HEADER + ROW * row) for row, b in enumerate(block.branches))
+        boxes = tuple(self._box(b, block, times, HEADER + ROW * row, folded) for row, b in enumerate(block.branches))
         return Piece(title, times, boxes, lines, ending, HEADER + ROW * len(boxes))
 
-    def _box(self, branch: Branch, block: Block, times: int, y: int) -> Box:
+    def _box(self, branch: Branch, block: Block, times: int, y: int, folded: bool) -> Box:
         share = times * branch.flops / self.total
+        longest = self.largest if folded else self.largest_single
         return Box(
             branch=branch,
             label=label_of(branch.kind),
             name=branch.name[len(block.path) :].lstrip("."),
             share=share,
-            bar=share / self.largest if self.largest else 0.0,
+            bar=share / longest if longest else 0.0,
             times=times,
             cache=bytes_text(branch.cache_bytes * times) if branch.cacheable else "",
             y=y,

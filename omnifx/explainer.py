@@ -7,7 +7,7 @@ import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,9 +48,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> MatchReport:
     if not any(program.names for program in taken.programs):
         graphs = [(program.gm, program.analysis) for program in taken.programs]
         raise MatchError(f"explain: {nothing_found(type(model).__name__, graphs, taken.breaks)}")
-    return report_of(
+    report = report_of(
         type(model).__name__, taken.programs, taken.names, entries=taken.entries, breaks=tuple(taken.breaks)
     )
+    return replace(report, notes=(*report.notes, *taken.notes))
 
 
 @dataclass
@@ -62,6 +63,7 @@ class _Taken:
     entries: list[tuple[int, str]] = field(default_factory=list)
     """Which program ran, in order, and the path of the module it ran for."""
     breaks: list[GraphBreak] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Taken:
@@ -72,7 +74,9 @@ def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _T
         return _capture_call(model, args, kwargs, computes=False)
     except Exception:  # noqa: BLE001 - whatever the model wanted of its values, the meta device has none
         torch._dynamo.reset()
-        return _capture_call(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
+        taken = _capture_call(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
+    taken.notes = ("the model asks for values of its tensors, which the meta device has not: they were taken as zero",)
+    return taken
 
 
 def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
