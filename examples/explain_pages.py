@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one model, two blocks: seconds")
     arguments = parser.parse_args()
 
+    diffusers.utils.logging.set_verbosity_error()  # of layers better left in float32: nothing is computed here
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)

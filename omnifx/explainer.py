@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,7 @@ def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         inductor_config.patch(joint_graph_constant_folding=computes),
         warnings.catch_warnings(),
         _fewer_collections(),
+        _quiet_dynamo(),
         watch_breaks() as breaks,
     ):
         warnings.simplefilter("ignore")
@@ -176,3 +178,15 @@ def _fewer_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _quiet_dynamo() -> Iterator[None]:
+    """Dynamo warns of breaks that the report lists anyway; TORCH_LOGS still shows what it is asked for."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -57,8 +57,9 @@ def _css(kind: str) -> str:
     return kind.replace("+", "_") if kind in diagram.LABELS else "other"
 
 
-def _clip(name: str, length: int) -> str:
-    """A name that fits: its end says more than its beginning."""
+def _clip(name: str, room: float) -> str:
+    """A name that fits into so many pixels of 12px monospace: its end says more than its beginning."""
+    length = int(room / 7.25)
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
