@@ -86,6 +86,8 @@ def _sentence(text: str) -> str:
     """The heading and the explanation of one of Dynamo's messages, without hints, links and context."""
     lines = [line.strip() for line in text.strip().splitlines()]
     heading = lines[0].rstrip(".:") if lines else "unknown"
+    if heading.startswith("generic_jump"):  # Dynamo's own word for it, where it can go on behind the condition
+        return "Data-dependent branching. Which way to go depends on the value of a tensor."
     explained = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Expl")), "")
     return _without_folders(f"{heading}. {explained}" if explained else f"{heading}.")
 

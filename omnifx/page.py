@@ -29,7 +29,7 @@ def page_of(report: MatchReport) -> str:
         label_of=diagram.label_of,
         css=_css,
         clip=_clip,
-        breakable=lambda name: re.findall(r"[^._]*[._]?", name),
+        breakable=lambda name: re.findall(r"[^._/]*[._/]?", name),
         WIDTH=diagram.WIDTH,
         HEADER=diagram.HEADER,
     )

@@ -14,8 +14,16 @@ from omnifx.passes.find_branches import ADDITIONS
 
 _ADVICE = (
     "Expected additions x + f(x) around attention and feed-forward layers, with x descending from the latents: pass "
-    "the transformer itself (not a pipeline, a text encoder or one layer), under torch.no_grad(), inputs as tensors"
+    "the transformer itself (not a pipeline, a text encoder or one layer), under torch.no_grad(), inputs as tensors."
 )
+
+_KINDS = {
+    "mm": "matrix products",
+    "addmm": "matrix products",
+    "bmm": "batched matrix products",
+    "baddbmm": "batched matrix products",
+    "convolution": "convolutions",
+}
 
 
 def nothing_found(
@@ -30,21 +38,23 @@ def nothing_found(
         heavy.update(_kind(node) for node in gm.graph.nodes if node_flops(node))
         additions.update(_additions(gm, analysis))
     refused = [branch for _, analysis in graphs for branch in analysis.branches]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in heavy.most_common()) or "none that costs FLOPs"
-    lines = [f"no branch of {model} can be reused. Seen: {len(graphs)} graph(s) with {operators} operators ({kinds})"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in heavy.most_common()) or "none"
+    lines = [
+        f"no branch of {model} can be reused.",
+        f"Seen: {operators} operators in {len(graphs)} graph(s); those that cost FLOPs: {kinds}.",
+    ]
     if refused:
         reasons = Counter(branch.reason for branch in refused)
         first = {reason: next(b.name for b in refused if b.reason == reason) for reason in reasons}
         told = "; ".join(f"{count} such as {first[reason]}: {reason}" for reason, count in reasons.most_common(4))
-        lines.append(f"{len(refused)} residual branch(es), all refused ({told})")
+        lines.append(f"Residual branches: {len(refused)}, all refused ({told}).")
     else:
         told = "; ".join(f"{count} where {reason}" for reason, count in additions.most_common())
-        lines.append(f"no residual branch among {additions.total()} addition(s) of tensors" + f" ({told})" * bool(told))
+        lines.append(f"Residual branches: none among {additions.total()} addition(s)" + f" ({told})" * bool(told) + ".")
     if breaks:
-        more = f" and {len(breaks) - 1} more" if len(breaks) > 1 else ""
-        lines.append(f"graph breaks at {breaks[0].place}{more}, the first: {breaks[0].reason.rstrip('.')}")
-        return ". ".join([*lines, f"Remove the breaks first. {_ADVICE}."])
-    return ". ".join([*lines, f"{_ADVICE}."])
+        more = f", and {len(breaks) - 1} more" if len(breaks) > 1 else ""
+        lines.append(f"Graph breaks: {breaks[0].place}{more}; the first: {breaks[0].reason} Remove them first.")
+    return "\n  ".join([*lines, _ADVICE])
 
 
 def _kind(node: fx.Node) -> str:
@@ -52,7 +62,7 @@ def _kind(node: fx.Node) -> str:
     name = str(getattr(target, "__name__", target)).strip("_")
     if is_attention(node):
         return "attention"
-    return {"mm": "matrix products", "addmm": "matrix products", "bmm": "batched matrix products"}.get(name, name)
+    return _KINDS.get(name, name)
 
 
 def _additions(gm: fx.GraphModule, analysis: Analysis) -> Counter[str]:

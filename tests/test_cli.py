@@ -238,6 +238,46 @@ def test_what_cannot_be_explained_is_one_message(arguments, message):
     assert "Traceback" not in result.output
 
 
+def test_a_page_is_written_beside_the_table(tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["explain", "DiTTransformer2DModel", "--config", json.dumps(TINY_DIT), "--html", page]
+
+    shown = run(*arguments)
+    as_json = run(*arguments, "--json")
+
+    assert shown.stdout.endswith(f"wrote {page}\n")
+    assert "4 of 4 branches can be reused" in page.read_text(encoding="utf-8")
+    assert len(json.loads(as_json.stdout)["branches"]) == 4
+
+
+def test_a_page_that_cannot_be_written_is_one_message(tmp_path):
+    dit = ["explain", "DiTTransformer2DModel", "--config", json.dumps(TINY_DIT), "--html"]
+
+    assert "could not be written: Is a directory" in run(*dit, tmp_path, status=2).stderr
+    assert "mkdir -p" in run(*dit, tmp_path / "missing" / "page.html", status=2).stderr
+
+
+def test_a_model_without_branches_is_an_error_that_says_what_was_seen(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Plain(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)\n"
+        "    def forward(self, x, t):\n"
+        "        return self.b(self.a(x).relu()) + t\n"
+        "def make():\n    return Plain().eval(), {'x': torch.ones(1, 4, 8, 8), 't': torch.ones(1, 4, 1, 1)}\n"
+    )
+
+    told = run("explain", f"{path}:make", "--html", tmp_path / "page.html", status=2).stderr
+
+    assert "no branch of Plain can be reused" in told
+    assert "those that cost FLOPs: 2 convolutions" in told
+    assert "none among 1 addition(s) (1 where the operands descend from different inputs)" in told
+    assert not (tmp_path / "page.html").exists()
+
+
 # -- calibrate and plan ------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,11 @@ def test_a_model_without_branches_runs_uncached_and_says_why() -> None:
         output = fast(x, t, y)
 
     assert torch.allclose(output, model(x, t, y))
-    assert "no branch of _NoBranches can be reused" in str(omnifx.stats(fast))
+    told = str(omnifx.stats(fast))
+    assert "no branch of _NoBranches can be reused" in told
+    assert re.search(r"Seen: \d+ operators in 1 graph\(s\); those that cost FLOPs: 1 matrix products", told)
+    assert "Residual branches: none among" in told
+    assert "pass the transformer itself" in told
 
 
 class _Breaks(nn.Module):
@@ -180,7 +185,10 @@ def test_a_graph_break_is_told_of_and_nothing_is_reused() -> None:
     model = lively(_Breaks())
     fast = torch.compile(model, backend="omnicache", options={**EAGER, "policy": Pattern(pattern="Fr")})
 
-    with pytest.warns(OmnifxWarning, match=r"captured as 2 graphs \(graph breaks\)"):
+    with pytest.warns(
+        OmnifxWarning,
+        match=r"captured as 2 graphs \(graph breaks\).*test_errors.py:\d+: Call to `torch._dynamo.graph_break",
+    ):
         images = [generate(fast, seed=seed, steps=STEPS) for seed in (0, 1, 2)]
 
     for seed, image in enumerate(images):
