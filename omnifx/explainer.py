@@ -132,7 +132,7 @@ def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
     outputs: list[Any] = list(output_of(graph).args[0])  # type: ignore[arg-type]
     values = [node.meta["val"] if isinstance(node, fx.Node) else node for node in outputs]
     if any(isinstance(size, torch.SymInt) for v in values for size in (v.shape if isinstance(v, Tensor) else (v,))):
-        return graph.forward  # type: ignore[no-any-return]
+        return graph.forward
     sets = BitSets.of(graph.graph)
     large = sum(1 << i for i, node in enumerate(sets.nodes) if node_flops(node) or numel(node.meta.get("val")) > SMALL)
     easy = [

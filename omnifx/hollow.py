@@ -25,7 +25,8 @@ def hollow_like(tensor: Tensor) -> Tensor:
 
 def hollow_model(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device whose parameters and buffers are hollow."""
-    return copy.deepcopy(model)._apply(hollow_like)
+    made: nn.Module = copy.deepcopy(model)._apply(hollow_like)
+    return made
 
 
 def hollow_arguments(arguments: Any) -> Any:
