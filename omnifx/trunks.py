@@ -7,17 +7,19 @@ from dataclasses import replace
 
 from torch import fx
 
-from omnifx.graph import Branch, analysis_of, node_flops
+from omnifx.graph import BitSets, Branch, analysis_of, node_flops
 
 
 def with_trunks(gm: fx.GraphModule, branches: Sequence[Branch]) -> tuple[Branch, ...]:
     """The branches of an analysed graph, each with the numbers of its trunks; 0 is the one that carries the latents.
 
     A trunk is a chain of residual adds, each reached from the last one without paying FLOPs. Where two chains join, as
-    streams that are concatenated, the smaller number goes on; another trunk than the latents' never gets number 0.
+    streams that are concatenated, the smaller number goes on. The latents' trunk also goes on behind a projection, as
+    of a skip connection; no other one gets number 0.
     """
     ends = {name: {*branch.cuts, *branch.heavy} for branch in branches for name in branch.adds}
-    below = _below_latents(gm)
+    below, sets, main_end = _below_latents(gm), BitSets.of(gm.graph), 0
+    from_latents: set[int] = set()
     last: dict[int, str] = {}  # trunk -> its latest add
     trunk_of: dict[str, int] = {}
     for node in gm.graph.nodes:
@@ -30,10 +32,20 @@ def with_trunks(gm: fx.GraphModule, branches: Sequence[Branch]) -> tuple[Branch,
             del last[joined]
         if trunks:
             trunk = trunks[0]
-        else:
-            trunk = 0 if 0 not in last and not reached.isdisjoint(below) else max([0, *trunk_of.values()]) + 1
+        else:  # a chain begins: the latents' first one, the latents' again behind a projection, or another stream's
+            main = (
+                reached & below if 0 not in last else {n for n in reached if sets.ancestors[sets.index[n]] & main_end}
+            )
+            trunk = 0 if main else max([0, *trunk_of.values()]) + 1
+            if not reached.isdisjoint(below):
+                from_latents.add(trunk)
         last[trunk] = node.name
+        if trunk == 0:
+            main_end = 1 << sets.index[node]
         trunk_of[node.name] = trunk
+    final = next(reversed(trunk_of.values()), 0)
+    if final in from_latents:  # a control network may stand before the trunk that it steers
+        trunk_of = {name: {0: final, final: 0}.get(trunk, trunk) for name, trunk in trunk_of.items()}
     return tuple(replace(branch, trunks=tuple(trunk_of.get(name, 0) for name in branch.adds)) for branch in branches)
 
 

@@ -194,6 +194,24 @@ def test_joint_attention_stands_between_two_trunks():
     assert trunks["single_transformer_blocks.0"] == (0,)
 
 
+class Projected(nn.Module):
+    """Two toys with a projection of the trunk in between, as skip connections have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between, self.second = toy(1), nn.Conv2d(4, 4, 1), toy(1)
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x, *others)), *others)
+
+
+def test_the_latents_trunk_goes_on_behind_a_projection():
+    found = explain(Projected(), *toy_inputs())
+
+    assert {b.trunks for b in found.branches} == {(0,)}
+    assert {b.name.split(".")[0] for b in found.branches} == {"first", "second"}
+
+
 class Counting(nn.Module):
     """Two toys with a look at a value in between."""
 
