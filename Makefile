@@ -14,10 +14,10 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := .venv/bin
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PACKAGES := omnifx passes backends
-SOURCES := $(shell find $(PACKAGES) -name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name py.typed \) -print)
+SOURCES := $(shell find $(PACKAGES) -name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name '*.j2' -o -name py.typed \) -print)
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test test-slow check format lint typecheck examples wheel wheel-venv clean clean-venv preflight
+.PHONY: help demo test test-slow check format lint typecheck examples pages wheel wheel-venv clean clean-venv preflight
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -52,6 +52,9 @@ examples: .venv/.installed ## every example, on a small model
 	    module="$${script%.py}"; module="$${module//\//.}"; \
 	    echo "== python -m $$module --smoke"; $(BIN)/python -m "$$module" --smoke; \
 	done
+
+pages: .venv/.installed ## explain four models at their real sizes, without weights: docs/explain/*.html, two minutes
+	$(BIN)/python -m examples.explain_pages --out docs/explain
 
 wheel: dist/.built ## sdist and wheel into dist/
 

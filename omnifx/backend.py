@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
 from omnifx.boundary import compiled_call
-from omnifx.capture import capture, state_inputs
+from omnifx.capture import capture, root_module, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
 
@@ -33,7 +33,7 @@ def omnicache(
     Raises: ConfigError for unknown options or values out of range, ProfileError for a foreign profile; Dynamo wraps
         them in BackendCompilerFailed.
     """
-    model = _root_module()
+    model = _compiled_module()
     session = session_for(model, options, example_inputs)
     if model is not None:
         keep_with(model, session)
@@ -127,15 +127,10 @@ def _model_argument(model: nn.Module) -> str:
     return next((name for name in names if translator.f_locals.get(name) is model), "")
 
 
-def _root_module() -> nn.Module | None:
+def _compiled_module() -> nn.Module | None:
     """The module that was compiled: the one whose compiled form is being called, or whose `forward` Dynamo compiles."""
-    if (found := compiled_call()) is not None:
-        return found[0]
-    translator = _translator()
-    if translator is None or not translator.f_code.co_argcount:
-        return None
-    first = translator.f_locals.get(translator.f_code.co_varnames[0])
-    return first if isinstance(first, nn.Module) else None
+    found = compiled_call()
+    return found[0] if found is not None else root_module()
 
 
 def _translator() -> Any:

@@ -142,7 +142,9 @@ def compiled_call() -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[str, An
 def roles_of(leaves: Sequence[Any]) -> Inputs:
     """Roles of a call's arguments: the latents are the first floating-point tensor with three axes, or else two."""
     floating = [
-        (v.dim() < 3, i) for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1
+        (v.dim() < 3, i)
+        for i, v in enumerate(leaves)
+        if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1
     ]
     latents = min(floating)[1] if floating else None
     small = tuple(
@@ -169,5 +171,7 @@ def _in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 def _largest(output: Any) -> Tensor | None:
     """The largest floating-point tensor of a model's output, whatever it is wrapped in."""
     values = list(output.values()) if isinstance(output, Mapping) else pytree.tree_leaves(output)
-    found = [v for value in values for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+    found = [
+        v for value in values for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()
+    ]
     return max(found, key=lambda v: v.numel(), default=None)

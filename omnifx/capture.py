@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
-from torch import fx
+from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
 
@@ -62,3 +62,14 @@ def _is_state(node: fx.Node) -> bool:
     source = str(getattr(node, "_dynamo_source", None) or node.meta.get("grapharg", ""))
     name = str(node.target)
     return any(mark in name or mark in source for mark in ("_parameters", "_buffers"))
+
+
+def root_module() -> nn.Module | None:
+    """The module whose `forward` Dynamo is compiling."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    translator = InstructionTranslator.current_tx()
+    if translator is None or not translator.f_code.co_argcount:
+        return None
+    first = translator.f_locals.get(translator.f_code.co_varnames[0])  # mostly called self
+    return first if isinstance(first, nn.Module) else None

@@ -133,12 +133,17 @@ def explain(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every branch on a line of its own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page with a picture of the model: one file, for any browser.")
+    ] = None,
 ) -> None:
     """What omnifx finds in a model: branches, their kinds, FLOPs and cache bytes, and what it refuses and why.
 
     A class of diffusers is built on the meta device: no weights, no download, no memory, whatever its size.
     """
     sides = _parse_size(size)
+    if html is not None:
+        _check_folder(html)
     if ":" in target:
         if given := [name for name, value in (("--config", config), ("--size", size), ("--inputs", inputs)) if value]:
             raise ConfigError(
@@ -164,6 +169,8 @@ def explain(
         typer.echo(str(report))
     else:
         typer.echo(folded(report))
+    if html is not None:
+        typer.echo(f"wrote {report.save_html(html)}", err=as_json)
 
 
 @app.command()

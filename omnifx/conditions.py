@@ -59,9 +59,7 @@ class Table:
         self._rows.clear()
         self.held_bytes = 0
 
-    def read(
-        self, small: Small, args: Sequence[Any], *, version: int, copies: bool
-    ) -> tuple[dict[str, Tensor], bool]:
+    def read(self, small: Small, args: Sequence[Any], *, version: int, copies: bool) -> tuple[dict[str, Tensor], bool]:
         """The values for a call by node name, and whether they had to be computed.
 
         Args:

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -285,9 +285,7 @@ class Conductor:
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
-    def _record(
-        self, reading: Reading, mark: Marked | None, reason: str, latents: Tensor | None, weights: int
-    ) -> Call:
+    def _record(self, reading: Reading, mark: Marked | None, reason: str, latents: Tensor | None, weights: int) -> Call:
         """A step that no plan covers: run it in full and measure it."""
         if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
             self._finish(mark)
@@ -301,9 +299,7 @@ class Conductor:
         recording, streams = self._recorded[mark]
         number = recording.stream_of(reading)
         if number == len(streams):
-            stream = self.streams.open(
-                reading, mark, streams[0].log if streams else None, num_bytes=self.cache_bytes
-            )
+            stream = self.streams.open(reading, mark, streams[0].log if streams else None, num_bytes=self.cache_bytes)
             stream.number = number
             streams.append(stream)
         stream = streams[number]

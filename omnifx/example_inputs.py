@@ -157,6 +157,20 @@ def _latte(config: Any, size: Size | None, batch: int) -> Inputs:
     }
 
 
+def _hidream(config: Any, size: Size | None, batch: int) -> Inputs:
+    height, width = _sides(size, (128, 128))  # 1024 pixels
+    if height != width:
+        raise ConfigError(f"explain: HiDreamImageTransformer2DModel is shown for squares only, got {height}x{width}.")
+    t5, llama = config.caption_channels
+    return {
+        "hidden_states": torch.empty(batch, config.in_channels, height, width),
+        "timesteps": _timestep(batch),
+        "encoder_hidden_states_t5": torch.empty(batch, 128, t5),
+        "encoder_hidden_states_llama3": torch.empty(max(config.llama_layers) + 1, batch, 128, llama),
+        "pooled_embeds": torch.empty(batch, config.text_emb_dim),
+    }
+
+
 def _sides(size: Size | None, usual: Size) -> Size:
     if size is None:
         return usual
@@ -177,6 +191,7 @@ RECIPES: dict[str, Callable[[Any, Size | None, int], Inputs]] = {
     "CogVideoXTransformer3DModel": _cogvideox,
     "DiTTransformer2DModel": _dit,
     "FluxTransformer2DModel": _flux,
+    "HiDreamImageTransformer2DModel": _hidream,
     "LatteTransformer3DModel": _latte,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
@@ -184,6 +199,21 @@ RECIPES: dict[str, Callable[[Any, Size | None, int], Inputs]] = {
 }
 
 COMPLETING: dict[str, dict[str, Any]] = {
+    # HiDream's own defaults are no model that could be built; these are the published HiDream-I1.
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 16,
+        "num_single_layers": 32,
+        "attention_head_dim": 128,
+        "num_attention_heads": 20,
+        "caption_channels": [4096, 4096],
+        "text_emb_dim": 2048,
+        "axes_dims_rope": [64, 32, 32],
+        "max_resolution": [128, 128],
+        "llama_layers": [*range(32), *([31] * 16)],
+    },
     # Latte's own defaults are no model that could be built; these are the published Latte-1.
     "LatteTransformer3DModel": {
         "in_channels": 4,

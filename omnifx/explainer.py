@@ -3,64 +3,190 @@ refused."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
 
 from omnifx.backends.eager import EagerLowering
-from omnifx.capture import capture, state_inputs
+from omnifx.breaks import GraphBreak, watch_breaks
+from omnifx.capture import capture, root_module, state_inputs
 from omnifx.errors import MatchError
+from omnifx.graph import BitSets, clone, node_flops, numel, output_of
+from omnifx.hollow import hollow_arguments, hollow_like, hollow_model
+from omnifx.passes.find_branches import SMALL
 from omnifx.program import Program
 from omnifx.report import MatchReport
 from omnifx.session import report_of
+from omnifx.unmatched import nothing_found
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> MatchReport:
     """What omnifx finds in `model` when it is called with these arguments.
 
-    The model is captured as ``torch.compile`` captures it and called once, operator by operator; on the meta device
-    that costs nothing, whatever its size.
+    The model is captured as ``torch.compile`` captures it. A real model is called once, operator by operator; of one
+    on the meta device nothing is computed, whatever its size. Where such a model asks for values between its graphs,
+    all of them are zero.
 
     Args:
         model: Any module, compiled or not.
         args, kwargs: One call's arguments.
 
-    Returns: A report that prints as a table.
+    Returns: A report that prints as a table, and is written as a page by `MatchReport.save_html`.
     Raises: MatchError if no branch can be reused; it says what was seen instead.
+    Memory: none for a model on the meta device.
     """
     model = getattr(model, "_orig_mod", model)
-    programs: list[Program] = []
-    names: list[str] = []
+    taken = _take(model, args, kwargs)
+    if not any(program.names for program in taken.programs):
+        graphs = [(program.gm, program.analysis) for program in taken.programs]
+        raise MatchError(f"explain: {nothing_found(type(model).__name__, graphs, taken.breaks)}")
+    report = report_of(
+        type(model).__name__, taken.programs, taken.names, entries=taken.entries, breaks=tuple(taken.breaks)
+    )
+    return replace(report, notes=(*report.notes, *taken.notes))
 
-    def inner(graph: fx.GraphModule, inputs: Sequence[Any], static: tuple[int, ...], arguments: dict[str, Any]) -> Any:
-        programs.append(Program(graph, inputs, static, EagerLowering(), budget=2**62))
-        return make_boxed_func(graph.forward)
+
+@dataclass
+class _Taken:
+    """What one call of a model was captured as."""
+
+    programs: list[Program] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    entries: list[tuple[int, str]] = field(default_factory=list)
+    """Which program ran, in order, and the path of the module it ran for."""
+    breaks: list[GraphBreak] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Taken:
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if not on_meta:
+        return _capture_call(model, args, kwargs, computes=True)
+    try:
+        return _capture_call(model, args, kwargs, computes=False)
+    except Exception:  # noqa: BLE001 - whatever the model wanted of its values, the meta device has none
+        torch._dynamo.reset()
+        taken = _capture_call(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
+    taken.notes = ("the model asks for values of its tensors, which the meta device has not: they were taken as zero",)
+    return taken
+
+
+def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
+    taken = _Taken()
+    own_path = {id(module): path for path, module in model.named_modules()}
+    full_name = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        names[:] = state_inputs(gm)[1]
-        return capture(gm, example_inputs, inner)
+        state, names = state_inputs(gm)
+        taken.names[:] = names
+        first = len(taken.programs)
+        path = own_path.get(id(root_module()), "")
+        known = {i: full_name[id(example_inputs[i])] for i in state if id(example_inputs[i]) in full_name}
 
-    # Inductor's constant folding replaces whatever a graph returns on the meta device by an empty tensor: nothing would
-    # be left.
-    folds = not any(parameter.is_meta for parameter in model.parameters())
-    patched = inductor_config.patch(joint_graph_constant_folding=folds)
-    with torch.no_grad(), patched, warnings.catch_warnings():
+        def inner(
+            graph: fx.GraphModule, inputs: Sequence[Any], static: tuple[int, ...], arguments: dict[str, Any]
+        ) -> Any:
+            taken.programs.append(Program(graph, inputs, static, EagerLowering(), budget=2**62))
+            return make_boxed_func(graph.forward if computes else _blank(graph))
+
+        run = capture(gm, example_inputs, inner)
+        made = range(first, len(taken.programs))
+
+        def entered(*call: Any) -> Any:
+            here = _path_now(path, known, {i: full_name.get(id(call[i]), "") for i in known})
+            taken.entries.extend((program, here) for program in made)
+            return run(*call)
+
+        return entered
+
+    # Inductor's constant folding replaces whatever a graph returns on the meta device by an empty tensor, and would
+    # compute with hollow ones: nothing of the graph would be left.
+    with (
+        torch.no_grad(),
+        inductor_config.patch(joint_graph_constant_folding=computes),
+        warnings.catch_warnings(),
+        _fewer_collections(),
+        _quiet_dynamo(),
+        watch_breaks() as breaks,
+    ):
         warnings.simplefilter("ignore")
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    report = report_of(type(model).__name__, programs, names)
-    if not report.cacheable:
-        seen = "; ".join(f"{b.name}: {b.reason}" for b in report.branches[:4])
-        operators = sum(len(program.gm.graph.nodes) for program in programs)
-        raise MatchError(
-            f"explain: no branch of {report.model} can be reused. {len(programs)} graph(s) with {operators} "
-            "operators were seen, and "
-            f"{len(report.branches)} residual branches{': ' + seen if seen else ''}. Expected additions x + f(x) "
-            "around attention and "
-            "feed-forward layers, with x descending from the latents."
-        )
-    return report
+        torch.compile(model, backend=backend, dynamic=None if computes else False)(*args, **kwargs)
+    taken.breaks = breaks
+    return taken
+
+
+def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
+    """A function with the graph's outputs, of which only sizes and the like are computed: the rest is zero.
+
+    Where a shape is known only by computing, the graph itself.
+    """
+    outputs: list[Any] = list(output_of(graph).args[0])  # type: ignore[arg-type]
+    values = [node.meta["val"] if isinstance(node, fx.Node) else node for node in outputs]
+    if any(isinstance(size, torch.SymInt) for v in values for size in (v.shape if isinstance(v, Tensor) else (v,))):
+        return graph.forward
+    sets = BitSets.of(graph.graph)
+    large = sum(1 << i for i, node in enumerate(sets.nodes) if node_flops(node) or numel(node.meta.get("val")) > SMALL)
+    easy = [
+        i
+        for i, node in enumerate(outputs)
+        if isinstance(node, fx.Node) and not sets.ancestors[sets.index[node]] & large
+    ]
+    sizes = clone(graph)
+    found = output_of(sizes)
+    found.args = (tuple(found.args[0][i] for i in easy),)  # type: ignore[index]
+    found.meta.clear()
+    sizes.graph.eliminate_dead_code()
+    sizes.recompile()
+
+    def blank(*inputs: Any) -> list[Any]:
+        computed = dict(zip(easy, sizes.forward(*inputs), strict=True))
+        blanks = [_made(value) if isinstance(value, Tensor) else value for value in values]
+        return [computed.get(i, value) for i, value in enumerate(blanks)]
+
+    return blank
+
+
+def _made(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="meta") if value.device.type == "meta" else hollow_like(value)
+
+
+def _path_now(path: str, known: dict[int, str], now: dict[int, str]) -> str:
+    """The path of the module that a graph runs for: the same code serves equal modules, told apart by parameters."""
+    for i, name in known.items():
+        inside = name[len(path) :] if path else f".{name}"
+        if name.startswith(path) and now[i].endswith(inside):
+            return now[i].removesuffix(inside)
+    return path
+
+
+@contextlib.contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """Hold off Python's cyclic collector, a quarter of the time that a capture of many operators takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _quiet_dynamo() -> Iterator[None]:
+    """Dynamo warns of breaks that the report lists anyway; TORCH_LOGS still shows what it is asked for."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -64,6 +64,8 @@ class Branch:
     cacheable: bool
     reason: str
     """Why it is not cacheable; empty if it is."""
+    trunks: tuple[int, ...] = ()
+    """The trunk of each of `adds`, 0 being the latents'; empty until `omnifx.trunks` looked."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,14 @@ class Program:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int], lowering: Lowering, *, budget: int, hoists: bool = True
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        static: Sequence[int],
+        lowering: Lowering,
+        *,
+        budget: int,
+        hoists: bool = True,
     ) -> None:
         self.inputs = list(inputs)
         self.lowering = lowering

@@ -1,9 +1,12 @@
-"""`MatchReport`: what omnifx found in a model, as data and as a table."""
+"""`MatchReport`: what omnifx found in a model, as data, as a table and as a page."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from omnifx.breaks import GraphBreak
+from omnifx.errors import ConfigError
 from omnifx.graph import Branch
 
 
@@ -18,6 +21,10 @@ class MatchReport:
         reuse_flops: FLOPs of one call that reuses every cacheable branch.
         cache_bytes: Bytes of one stream's caches.
         graphs: Graphs that the model was captured as; more than 1 means graph breaks.
+        inputs: The role of each input: latents, small, or watched for change.
+        breaks: Where and why the model fell apart into several graphs.
+        entries: How often one call enters a graph; equal modules of a broken model share theirs.
+        samples: Samples in that call; 0 if unknown.
     """
 
     model: str
@@ -28,6 +35,9 @@ class MatchReport:
     graphs: int
     inputs: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    breaks: tuple[GraphBreak, ...] = ()
+    entries: int = 1
+    samples: int = 0
 
     @property
     def cacheable(self) -> tuple[Branch, ...]:
@@ -39,11 +49,14 @@ class MatchReport:
         return {
             "model": self.model,
             "graphs": self.graphs,
+            "entries": self.entries,
+            "samples": self.samples,
             "flops": self.flops,
             "reuse_flops": self.reuse_flops,
             "cache_bytes": self.cache_bytes,
             "inputs": self.inputs,
             "notes": list(self.notes),
+            "breaks": [asdict(stop) for stop in self.breaks],
             "branches": [
                 {
                     "name": b.name,
@@ -59,6 +72,24 @@ class MatchReport:
             ],
         }
 
+    def to_html(self) -> str:
+        """The report as a page that needs nothing else: no script, font or picture from elsewhere."""
+        from omnifx.page import page_of  # only those who want a page load the templates
+
+        return page_of(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the page, and return its path. Raises ConfigError if it cannot be written."""
+        target = Path(path)
+        try:
+            target.write_text(self.to_html(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"explain: the page {target} could not be written: {error.strerror}. Name a file in a folder that is "
+                "there and yours."
+            ) from error
+        return target
+
     def __str__(self) -> str:
         width = max([len(b.name) for b in self.branches] + [6])
         lines = [
@@ -67,20 +98,22 @@ class MatchReport:
         ]
         for b in self.branches:
             share = b.flops / self.flops if self.flops else 0.0
-            size = _bytes(b.cache_bytes) if b.cacheable else "-"
+            size = bytes_text(b.cache_bytes) if b.cacheable else "-"
             lines.append(f"{b.name:<{width}}  {b.kind:<16} {share:>6.1%} {b.flops / 1e6:>10,.2f} {size:>10}")
             if b.reason:
                 lines.append(f"{'':<{width}}  not cached: {b.reason}")
         left = self.reuse_flops / self.flops if self.flops else 1.0
         lines.append(
             f"a full step costs {self.flops / 1e9:,.3f} GFLOP; a reuse step {left:.2%} of it; "
-            f"caches {_bytes(self.cache_bytes)} per stream"
+            f"caches {bytes_text(self.cache_bytes)} per stream"
         )
         lines += [f"input {name}: {role}" for name, role in self.inputs.items()]
+        lines += [str(stop) for stop in self.breaks]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """A number of bytes in the largest unit that leaves at least 1."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

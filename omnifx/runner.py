@@ -107,9 +107,7 @@ class Runner:
         for entry in conductor.entries:
             if len(entry.plan.branches) == len(program.names):
                 specs += [
-                    program.reusing(row, corrects=entry.plan.reads_noise)
-                    for row in entry.plan.variants
-                    if REUSE in row
+                    program.reusing(row, corrects=entry.plan.reads_noise) for row in entry.plan.variants if REUSE in row
                 ]
         return list(dict.fromkeys(specs))
 
@@ -142,9 +140,7 @@ class Runner:
             part.watch.look(args)
             reading = self.reader.read(args, part.watch.probes)
             part.watch.compare(reading.probes)
-            call = conductor.decide(
-                reading, args[latents] if latents is not None else None, weights=part.watch.version
-            )
+            call = conductor.decide(reading, args[latents] if latents is not None else None, weights=part.watch.version)
             return self._job(call, part, reading.small)
 
     def _join(self, args: list[Any]) -> Job | None:

@@ -12,7 +12,9 @@ import hashlib
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.boundary import Boundary, Underway, compiled_call
+from omnifx.breaks import GraphBreak, known_breaks
 from omnifx.clock import Marked, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
-from omnifx.graph import Inputs
+from omnifx.graph import Branch, Inputs, hint
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -36,6 +39,8 @@ from omnifx.report import MatchReport
 from omnifx.runlog import Log, Stats
 from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
+from omnifx.trunks import with_trunks
+from omnifx.unmatched import nothing_found
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
@@ -162,7 +167,9 @@ class Session:
         digest = weights_hash(list(model.parameters()))
 
         def make_conductor(inputs: Inputs, latents: Tensor | None) -> Conductor:
-            reason = "" if latents is not None else f"{self.model_name} was called without anything that looks like latents"
+            reason = (
+                "" if latents is not None else f"{self.model_name} is called without anything that looks like latents"
+            )
             return self._conductor(
                 inputs,
                 program=None,
@@ -178,9 +185,11 @@ class Session:
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
 
     def _break_reason(self) -> str:
+        breaks = known_breaks()
+        where = f", the latest at {breaks[-1].place}: {breaks[-1].reason}" if breaks else ""
         return (
-            f"{self.model_name} was captured in parts (graph breaks), and it was not compiled as a module, so that its "
-            "steps cannot be told apart; nothing is reused. Compile the model itself: torch.compile(model, "
+            f"{self.model_name} was captured in parts (graph breaks{where}), and it was not compiled as a module, so "
+            "that its steps cannot be told apart; nothing is reused. Compile the model itself: torch.compile(model, "
             "backend='omnicache')"
         )
 
@@ -204,13 +213,8 @@ class Session:
 
     def _inactive(self, programs: Sequence[Program]) -> str:
         """Why nothing can be reused of these graphs; empty if something can."""
-        branches = [branch for program in programs for branch in program.analysis.branches]
         if not any(program.names for program in programs):
-            why = "; ".join(dict.fromkeys(b.reason for b in branches if b.reason))
-            operators = sum(len(program.gm.graph.nodes) for program in programs)
-            return f"no branch of {self.model_name} can be reused: {len(branches)} residual branches were found" + (
-                f" ({why})" if why else f" among {operators} operators"
-            )
+            return nothing_found(self.model_name, [(program.gm, program.analysis) for program in programs])
         if len(programs) == 1 and programs[0].analysis.inputs.latents is None:
             return (
                 f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
@@ -248,7 +252,9 @@ class Session:
             )
         if not self.options.profile_cache or self.record_only or not self.policy.needs_profile:
             return
-        for path in sorted(profile_folder(conductor.fingerprint).glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
+        for path in sorted(
+            profile_folder(conductor.fingerprint).glob("*.safetensors"), key=lambda p: p.stat().st_mtime
+        ):
             try:
                 profile = Profile.load(path)
                 self._check_profile(profile, conductor)
@@ -321,10 +327,27 @@ class Session:
             warnings.warn(f"omnifx: {text}", OmnifxWarning, stacklevel=2)
 
 
-def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> MatchReport:
-    """The report of one model's captured graphs."""
+def report_of(
+    model: str,
+    programs: Sequence[Program],
+    names: Sequence[str],
+    *,
+    entries: Sequence[tuple[int, str]] | None = None,
+    breaks: tuple[GraphBreak, ...] = (),
+) -> MatchReport:
+    """The report of one model's captured graphs.
+
+    Args:
+        model: Its class.
+        programs: Its graphs.
+        names: Plain names of the inputs of a model that is one graph.
+        entries: For one call, the graphs that ran by number, each with the path of the module it ran for; None: each
+            graph once, for the model itself.
+        breaks: Where it fell apart.
+    """
+    ran = [(programs[i], path) for i, path in entries] if entries is not None else [(p, "") for p in programs]
     inputs: dict[str, str] = {}
-    for program in programs:
+    for program in programs if entries is None or len(programs) == 1 else ():  # parts of a model have other inputs
         roles = program.analysis.inputs
         label = {i: names[i] if i < len(names) else name for i, name in enumerate(roles.names)}
         for i in (*([roles.latents] if roles.latents is not None else []), *roles.small, *roles.large):
@@ -336,13 +359,41 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
             inputs[label[i]] = role
     return MatchReport(
         model=model,
-        branches=tuple(branch for program in programs for branch in program.analysis.branches),
-        flops=sum(program.analysis.flops for program in programs),
-        reuse_flops=sum(program.analysis.reuse_flops for program in programs),
-        cache_bytes=sum(program.cache_bytes for program in programs),
+        branches=_branches_of(ran),
+        flops=sum(program.analysis.flops for program, _ in ran),
+        reuse_flops=sum(program.analysis.reuse_flops for program, _ in ran),
+        cache_bytes=sum(program.cache_bytes for program, _ in ran),
         graphs=len(programs),
+        entries=len(ran),
+        samples=_samples(programs[0]) if len(programs) == 1 else 0,
         inputs=inputs,
+        breaks=breaks,
     )
+
+
+def _samples(program: Program) -> int:
+    """The first side of the latents."""
+    latents = program.analysis.inputs.latents
+    return hint(program.inputs[latents].shape[0]) if latents is not None else 0
+
+
+def _branches_of(ran: Sequence[tuple[Program, str]]) -> tuple[Branch, ...]:
+    """The branches of all graphs that ran, named from the model's root on."""
+    found: list[Branch] = []
+    placed = {id(program): with_trunks(program.gm, program.analysis.branches) for program, _ in ran}
+    taken: Counter[str] = Counter()
+    for program, path in ran:
+        for branch in placed[id(program)]:
+            name = f"{path}.{branch.name}" if path else branch.name
+            taken[name] += 1
+            found.append(
+                replace(
+                    branch,
+                    name=name if taken[name] == 1 else f"{name}.{taken[name]}",
+                    module_path=f"{path}.{branch.module_path}".rstrip(".") if path else branch.module_path,
+                )
+            )
+    return tuple(found)
 
 
 def find_session(compiled: object) -> Session:

@@ -69,7 +69,8 @@ class CacheStore:
         return cache
 
     def enlarge(self, key: int, num_bytes: int) -> bool:
-        """Reserve more for a stream; False, and nothing changed, if its cache was evicted or there is no room at all."""
+        """Reserve more for a stream; False, and nothing changed, if its cache was evicted or there is no room at
+        all."""
         if key not in self._live:
             return False
         cache, reserved = self._live.pop(key)

@@ -61,9 +61,7 @@ class BrokenInside(ToyDiT):
 
 def compiled(model: nn.Module, pattern: str = "Frr", **options: Any) -> Any:
     torch._dynamo.reset()
-    return torch.compile(
-        model, backend="omnicache", options={**EAGER, "policy": Pattern(pattern=pattern), **options}
-    )
+    return torch.compile(model, backend="omnicache", options={**EAGER, "policy": Pattern(pattern=pattern), **options})
 
 
 MODELS = {

@@ -38,6 +38,20 @@ SMALL = {
         "axes_dims_rope": [4, 4, 8],
         "guidance_embeds": True,
     },
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_channels": [8, 4],
+        "text_emb_dim": 8,
+        "num_routed_experts": 2,
+        "axes_dims_rope": [4, 2, 2],
+        "max_resolution": [16, 16],
+        "llama_layers": [0, 1, 0, 1],
+    },
     "LatteTransformer3DModel": {
         "in_channels": 4,
         "out_channels": 8,
@@ -154,11 +168,15 @@ def test_a_config_may_be_a_file_and_the_report_json(tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_fits_its_model(name):
     model = build_model(name, SMALL[name])
-    size = {"FluxTransformer2DModel": (8, 8), "WanTransformer3DModel": (2, 8, 8)}.get(name)
+    size = {
+        "FluxTransformer2DModel": (8, 8),
+        "HiDreamImageTransformer2DModel": (8, 8),
+        "WanTransformer3DModel": (2, 8, 8),
+    }.get(name)
 
     report = explain(model, **example_inputs(model, size=size, batch=2))
 
-    assert report.graphs == 1
+    assert (report.graphs == 1) == (not report.breaks) == (name != "HiDreamImageTransformer2DModel")
     assert len(report.cacheable) >= 2
     assert f"of {len(report.branches)} branches" in folded(report)
 
@@ -218,6 +236,46 @@ def test_what_cannot_be_explained_is_one_message(arguments, message):
 
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_page_is_written_beside_the_table(tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["explain", "DiTTransformer2DModel", "--config", json.dumps(TINY_DIT), "--html", page]
+
+    shown = run(*arguments)
+    as_json = run(*arguments, "--json")
+
+    assert shown.stdout.endswith(f"wrote {page}\n")
+    assert "4 of 4 branches can be reused" in page.read_text(encoding="utf-8")
+    assert len(json.loads(as_json.stdout)["branches"]) == 4
+
+
+def test_a_page_that_cannot_be_written_is_one_message(tmp_path):
+    dit = ["explain", "DiTTransformer2DModel", "--config", json.dumps(TINY_DIT), "--html"]
+
+    assert "could not be written: Is a directory" in run(*dit, tmp_path, status=2).stderr
+    assert "mkdir -p" in run(*dit, tmp_path / "missing" / "page.html", status=2).stderr
+
+
+def test_a_model_without_branches_is_an_error_that_says_what_was_seen(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Plain(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)\n"
+        "    def forward(self, x, t):\n"
+        "        return self.b(self.a(x).relu()) + t\n"
+        "def make():\n    return Plain().eval(), {'x': torch.ones(1, 4, 8, 8), 't': torch.ones(1, 4, 1, 1)}\n"
+    )
+
+    told = run("explain", f"{path}:make", "--html", tmp_path / "page.html", status=2).stderr
+
+    assert "no branch of Plain can be reused" in told
+    assert "those that cost FLOPs: 2 convolutions" in told
+    assert "none among 1 addition(s) (1 where the operands descend from different inputs)" in told
+    assert not (tmp_path / "page.html").exists()
 
 
 # -- calibrate and plan ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,11 @@ def test_a_model_without_branches_runs_uncached_and_says_why() -> None:
         output = fast(x, t, y)
 
     assert torch.allclose(output, model(x, t, y))
-    assert "no branch of _NoBranches can be reused" in str(omnifx.stats(fast))
+    told = str(omnifx.stats(fast))
+    assert "no branch of _NoBranches can be reused" in told
+    assert re.search(r"Seen: \d+ operators in 1 graph\(s\); those that cost FLOPs: 1 matrix products", told)
+    assert "Residual branches: none among" in told
+    assert "pass the transformer itself" in told
 
 
 class _Breaks(nn.Module):

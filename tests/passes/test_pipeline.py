@@ -24,7 +24,11 @@ def names(spec: VariantSpec) -> list[str]:
             ["MeasureNoise", "WriteCuts", "Eliminate"],
             "full+write+measure",
         ),
-        (VariantSpec(BOTH, (REUSE, REUSE), writes=()), ["ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"], "reuse"),
+        (
+            VariantSpec(BOTH, (REUSE, REUSE), writes=()),
+            ["ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
+            "reuse",
+        ),
         (
             VariantSpec(BOTH, (REUSE, REUSE), writes=(), corrects=True),
             ["CorrectNoise", "ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
@@ -98,7 +102,10 @@ def test_a_correcting_variant_subtracts_the_noise_it_is_given() -> None:
     variant = program.variant(program.reusing(program.reuse_row, corrects=True))
     plain = program.variant(program.reusing(program.reuse_row, corrects=False))
     q = noise(1, 4, 8, 8, seed=3)
-    cuts = {label: noise(1, 16, 32, seed=i) for i, label in enumerate(l for l in plain.extra_inputs if l[:4] == "cut:")}
+    cuts = {
+        label: noise(1, 16, 32, seed=i)
+        for i, label in enumerate(label for label in plain.extra_inputs if label[:4] == "cut:")
+    }
     given = {"coefficients": torch.tensor([0.5, 0.0]), "noise:0": q, "low_pass:8": torch.eye(8)} | cuts
 
     corrected = variant.run(variant.feed(traced.inputs, given))[0]
