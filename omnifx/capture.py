@@ -6,12 +6,17 @@ aliased outputs stay the business of those who do them for Inductor.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
-from torch import fx
+from torch import Tensor, fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
+from torch.utils import _pytree as pytree
+
+from omnifx.graph import ARGUMENT
 
 
 class InnerCompiler(Protocol):
@@ -33,11 +38,15 @@ def capture(
 ) -> Callable[..., Any]:
     """Run `compile_fx` on a Dynamo graph with `inner` as its last stage; `patches` are options of Inductor."""
     state, names = state_inputs(gm)
+    order = call_order(example_inputs)
 
     def with_static(graph: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Any:
         static = set(arguments.get("static_input_idxs") or ())
         if len(inputs) == len(names):  # AOTAutograd kept the inputs as they were, so Dynamo's word on them holds
             static |= set(state)
+            placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+            for node, position in zip(placeholders, order, strict=True):
+                node.meta[ARGUMENT] = position
         return inner(graph, inputs, tuple(sorted(static)), arguments)
 
     with functorch_config.patch(enable_autograd_cache=False):  # a hit there would return plain Inductor code
@@ -48,6 +57,20 @@ def capture(
             config_patches=patches or None,
         )
     return cast("Callable[..., Any]", compiled)
+
+
+def call_order(values: Sequence[Any]) -> list[int]:
+    """For each of these values, its position (from 1) among the arguments that the model was called with, in the order
+    of its signature; 0 for what is no argument. Dynamo orders a graph's inputs by their first use instead."""
+    translator = InstructionTranslator.current_tx()
+    if translator is None:
+        return [0] * len(values)
+    code = translator.f_code
+    varying = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + varying]
+    given = pytree.tree_leaves([translator.f_locals.get(name) for name in names])
+    positions = {id(value): position for position, value in reversed(list(enumerate(given, 1)))}
+    return [positions.get(id(value), 0) if isinstance(value, Tensor) else 0 for value in values]
 
 
 def state_inputs(gm: fx.GraphModule) -> tuple[tuple[int, ...], list[str]]:

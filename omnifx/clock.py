@@ -132,6 +132,7 @@ class Reader:
         for i in self.inputs.small:
             value = args[i]
             if isinstance(value, Tensor):
+                value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
                 parts.append(value.detach().reshape(-1).to(torch.float64))
                 sizes.append(value.numel())
             else:

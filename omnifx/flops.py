@@ -72,7 +72,17 @@ def node_flops(node: fx.Node) -> int:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether the node is a fused attention operator, whose operands after q, k, v are masks and options."""
-    return node.op == "call_function" and "attention" in str(node.target)
+    return node.op == "call_function" and any(word in str(node.target) for word in ("attention", "attn"))
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether nothing is known of what the node computes: an operator from outside torch, or one of higher order that
+    is no attention."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return not is_attention(node)
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in LIGHT_NAMESPACES
 
 
 def _values(node: fx.Node) -> list[torch.Tensor]:

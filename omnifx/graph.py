@@ -18,6 +18,8 @@ from omnifx.errors import PassError
 from omnifx.flops import hint, node_flops, num_bytes, numel, tensors_in
 
 ANALYSIS = "omnifx_analysis"
+ARGUMENT = "omnifx_argument"
+"""Where in the call of the model an input's value stood; 0 if unknown."""
 EXTRA_INPUTS = "omnifx_extra_inputs"
 EXTRA_OUTPUTS = "omnifx_extra_outputs"
 
@@ -321,6 +323,7 @@ class BitSets:
 
 __all__ = [
     "ANALYSIS",
+    "ARGUMENT",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
     "Analysis",

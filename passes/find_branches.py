@@ -11,7 +11,8 @@ paying FLOPs. The latest such r is where the branch leaves the trunk. That rejec
 (both sides light), adaLN's shift (it does not descend from x), biases and position tables, and sums of experts (both
 heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its add, never behind
 the first join with a value that does not descend from r (the gate): so caches hold attention and MLP outputs before
-timestep-only modulation. Additions that share heavy nodes or a cut (joint attention) are one branch.
+timestep-only modulation. An operator from outside torch is heavy, as nobody can look through it; but one that is no
+attention and joins such a value at a branch's end is taken for a gate, and computed at every step. Additions that share heavy nodes or a cut (joint attention) are one branch.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ import torch
 from torch import fx
 
 from omnifx.errors import ConfigError, PassError
-from omnifx.flops import is_attention
+from omnifx.flops import is_attention, is_opaque
 from omnifx.graph import (
     ANALYSIS,
+    ARGUMENT,
     Analysis,
     BitSets,
     Branch,
@@ -98,13 +100,14 @@ class FindBranches(Pass):
 def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
     """Tell the inputs apart from shapes: the latents are the floating-point input most like the output.
 
-    Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements.
+    Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements; among
+    equals (a picture to condition on, say) the earliest argument of the model's forward.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fixed = frozenset(static)
     outputs = [output_of(gm).args[0][i].meta["val"] for i in float_outputs(gm)]  # type: ignore[index,union-attr]
     target = max(outputs, key=numel, default=None)
-    candidates: list[tuple[tuple[int, int, int, int], int]] = []
+    candidates: list[tuple[tuple[int, int, int, int, int], int]] = []
     others: list[int] = []
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
@@ -115,7 +118,7 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
             continue
         same = value.dim() == target.dim()
         common = sum(hint(a) == hint(b) for a, b in zip(value.shape, target.shape, strict=False)) if same else 0
-        likeness = (int(same and common == value.dim()), common, numel(value), -i)
+        likeness = (int(same and common == value.dim()), common, numel(value), -node.meta.get(ARGUMENT, 0), -i)
         candidates.append((likeness, i))
     latents = max(candidates)[1] if candidates else None
     rest = [i for i in others if i != latents]
@@ -147,6 +150,7 @@ class _Candidate:
     region: int  # bit set
     heavy: list[int] = field(default_factory=list)  # of the whole region
     own: list[int] = field(default_factory=list)  # heavy nodes that belong to no nested residual
+    reach: int = 0  # bit set: what reaches b past no heavy node but the gates
     cuts: list[int] = field(default_factory=list)
 
 
@@ -269,12 +273,15 @@ class _Finder:
         sets = self.sets
         flow: nx.DiGraph[Any] = nx.DiGraph()
         for c in candidates:
+            passed = self._pass_gates(c)
             own = sum(1 << h for h in c.own)
-            sources = list(sets.members(self.light_ancestors[c.side] & own))
+            sources = list(sets.members(c.reach & own))
+            if not sources:
+                continue
             behind = 0
             for h in sources:
                 behind |= sets.descendants[h]
-            tail = list(sets.members(self.light_ancestors[c.side] & ~self.heavy & behind))
+            tail = list(sets.members(c.reach & ~(self.heavy & ~passed) & behind))
             members = {*sources, *tail}
             tainted: set[int] = set()
             for h in sources:
@@ -302,8 +309,61 @@ class _Finder:
             chosen.update(_minimum_cut(flow.subgraph({*part, "source", "sink"})))
         for c in candidates:
             own = sum(1 << h for h in c.own)
-            reach = self.light_ancestors[c.side] & ~(self.heavy & ~own)
-            c.cuts = [v for v in sets.members(reach) if v in chosen]
+            c.cuts = [v for v in sets.members(c.reach & ~(self.heavy & ~own)) if v in chosen]
+
+    def _pass_gates(self, c: _Candidate) -> int:
+        """Let the branch end before opaque operators that join what does not descend from its trunk, and before opaque
+        ones behind them; returns these operators. Where one has no work of the branch before it, it may itself hold
+        all of that work, and nothing can be cached."""
+        ancestors = self.sets.ancestors
+        own = sum(1 << h for h in c.own)
+        gates = sum(1 << h for h in c.own if self._is_gate(h, c.trunk))
+        late = sum(1 << g for g in self.sets.members(gates) if ancestors[g] & own & ~gates)
+        passed, c.reach = 0, self.light_ancestors[c.side]
+        while new := c.reach & own & ~passed:
+            if new & gates & ~late:
+                c.reach = 0
+                return 0
+            ends = [h for h in self.sets.members(new) if late & ancestors[h] and self._is_unknown(h, c.trunk)]
+            if not ends:
+                break
+            for h in ends:
+                passed |= 1 << h
+                for parent in self.nodes[h].all_input_nodes:
+                    c.reach |= self.light_ancestors[self.sets.index[parent]]
+        c.own = [h for h in c.own if not passed >> h & 1]
+        return passed
+
+    def _is_unknown(self, h: int, trunk: int) -> bool:
+        return is_opaque(self.nodes[h]) and not self._mixes(h, trunk)
+
+    def _is_gate(self, h: int, trunk: int) -> bool:
+        """Whether an opaque operator, no attention, joins a value of the trunk's with one that is not."""
+        if not self._is_unknown(h, trunk):
+            return False
+        below = self.sets.descendants[trunk]
+        parents = [self.sets.index[p] for p in self.nodes[h].all_input_nodes]
+        return any(below >> p & 1 for p in parents) and any(self.data >> p & ~below >> p & 1 for p in parents)
+
+    def _mixes(self, h: int, trunk: int) -> bool:
+        """Whether a heavy node lets tokens see each other: a product of two data operands, or an attention.
+
+        An opaque operator counts as attention by its name, or if it takes three operands in the shapes of queries, keys
+        and values, none of which is the trunk itself (or its norm).
+        """
+        node = self.nodes[h]
+        operands = self._mixed_operands(node)
+        if is_attention(node) or not is_opaque(node):
+            return is_attention(node) or len(operands) >= 2
+        if len(operands) < 3 or any(self.light_ancestors[self.sets.index[o]] >> trunk & 1 for o in operands[:3]):
+            return False
+        query, key, value = (operand.meta["val"] for operand in operands[:3])
+        return (
+            all(isinstance(v, torch.Tensor) and v.dim() == query.dim() >= 3 for v in (query, key, value))
+            and hint(query.shape[-1]) == hint(key.shape[-1])
+            and all(hint(a) == hint(b) for a, b in zip(key.shape[:-1], value.shape[:-1], strict=True))
+            and numel(key) > hint(key.shape[0]) * hint(key.shape[-1])  # one token for each sample is a modulation
+        )
 
     @staticmethod
     def _add_value(flow: nx.DiGraph[Any], value: int, size: int | None) -> None:
@@ -376,17 +436,18 @@ class _Finder:
         mixing: list[int] = []
         crosses = sees_itself = False
         for h in own:
-            operands = self._mixed_operands(self.nodes[h])
-            if len(operands) < 2:
+            if not any(self._mixes(h, c.trunk) for c in group):
                 continue
+            operands = self._mixed_operands(self.nodes[h])
             mixing.append(h)
             foreign = [p for p in operands if not trunk >> index[p] & 1]
             crosses |= bool(foreign)
             sees_itself |= not foreign and is_attention(self.nodes[h])
         if not mixing:
-            return "conv" if all(_packet(self.nodes[h]) is aten.convolution for h in own) else "mlp"
+            known = [h for h in own if not is_opaque(self.nodes[h])]
+            return "conv" if known and all(_packet(self.nodes[h]) is aten.convolution for h in known) else "mlp"
         aside = [h for h in own if not any((sets.ancestors[m] | sets.descendants[m]) >> h & 1 for m in mixing)]
-        if self._cost(aside) >= 0.25 * self._cost(own):
+        if self._cost(aside) >= 0.25 * self._cost(own) or self._joins_hidden_values(own, mixing):
             return "parallel"
         roots = [c.trunk for c in group]
         if any(
@@ -396,6 +457,26 @@ class _Finder:
         if crosses:
             return "cross_attention+self_attention" if sees_itself else "cross_attention"
         return "self_attention"
+
+    def _joins_hidden_values(self, own: list[int], mixing: list[int]) -> bool:
+        """Whether values that passed no attention make a quarter or more of the channels that some product reads beside
+        attention's: a fused projection into queries, keys, values and hidden values hides that in its FLOPs."""
+        index, sets = self.sets.index, self.sets
+        products = sum(1 << h for h in own)
+        mixed = 0
+        for m in mixing:
+            mixed |= sets.descendants[m]
+        for i in sets.members(mixed & ~self.heavy):
+            node = self.nodes[i]
+            if _packet(node) is not aten.cat or not sets.descendants[i] & products:
+                continue
+            axis, rank = (*node.args[1:2], 0)[0], node.meta["val"].dim()
+            if axis not in (-1, rank - 1):
+                continue
+            beside = [p for p in node.all_input_nodes if not mixed >> index[p] & 1 and sets.ancestors[index[p]] & products]
+            if 4 * sum(numel(p.meta["val"]) for p in beside) >= numel(node.meta["val"]):
+                return True
+        return False
 
     def _mixed_operands(self, node: fx.Node) -> list[fx.Node]:
         """Floating-point operands that depend on data; those of attention without its mask."""

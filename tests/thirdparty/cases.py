@@ -122,7 +122,7 @@ def audio(batch: int, dtype: torch.dtype) -> Case:
     }
     model = AudioDiT()
     parts = select(model, "self_attn", "cross_attn", "ff")
-    return case(model, inputs, ("conv_position", *parts), ("conv", *TEXT * 2), dtype=dtype)
+    return case(model, inputs, ("conv_position", *parts, "postprocess_conv"), ("conv", *TEXT * 2, "conv"), dtype=dtype)
 
 
 def maskdit(batch: int, dtype: torch.dtype, *, write: bool = False) -> Case:

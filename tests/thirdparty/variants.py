@@ -219,7 +219,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-@torch.library.custom_op("omnifx_tests::packed", mutates_args=())
+@torch.library.custom_op("omnifx_tests::flash_attn_packed", mutates_args=())
 def packed(qkv: Tensor) -> Tensor:
     """Attention on [B, N, 3, H, D]."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -305,7 +305,7 @@ def opaque_attention() -> Case:
 
 
 def opaque_packed_attention() -> Case:
-    """FlashAttention's function of one packed operand."""
+    """FlashAttention's function of one packed operand, told by its name alone."""
     return two(lambda q, k, v: packed(torch.stack([u.transpose(1, 2) for u in (q, k, v)], dim=2)).transpose(1, 2))
 
 
@@ -392,8 +392,9 @@ class NormIntoBlock(Block):
 
 
 def opaque_in_place() -> Case:
-    """vLLM's style: operators without a result."""
-    return dit_case(Model(NormIntoBlock() for _ in range(2)))
+    """vLLM's style: operators without a result. The second one writes over what the first one wrote, and might read it:
+    what feeds attention lives on, and only the MLPs can be cached."""
+    return dit_case(Model(NormIntoBlock() for _ in range(2)), kinds=("mlp",) * 2, parts=("mlp",))
 
 
 class OpaqueMlp(nn.Module):
