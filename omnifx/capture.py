@@ -10,10 +10,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils import _pytree as pytree
 
 from omnifx.graph import ARGUMENT
@@ -55,8 +59,61 @@ def capture(
             list(example_inputs),
             inner_compile=cast("Any", with_static),
             config_patches=patches or None,
+            decompositions=_decompositions(patches or {}),
         )
     return cast("Callable[..., Any]", compiled)
+
+
+def _decompositions(patches: dict[str, Any]) -> dict[Any, Callable[..., Any]]:
+    """Inductor's own, and those of fused operators that hold whole branches."""
+    with inductor_config.patch(patches):
+        return {**select_decomp_table(), torch.ops.aten._transformer_encoder_layer_fwd.default: encoder_layer}
+
+
+def encoder_layer(
+    x: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """What ``aten._transformer_encoder_layer_fwd`` computes: the one operator of nn.TransformerEncoderLayer in eval mode
+    holds two residual branches. With a mask it stays whole."""
+    if mask is not None:
+        return NotImplemented
+
+    def attention(x: Tensor) -> Tensor:
+        qkv = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).flatten(2)
+        return F.linear(out, proj_weight, proj_bias)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    if norm_first:
+        x = x + attention(norm(x, norm_weight_1, norm_bias_1))
+        return x + feed_forward(norm(x, norm_weight_2, norm_bias_2))
+    x = norm(x + attention(x), norm_weight_1, norm_bias_1)
+    return norm(x + feed_forward(x), norm_weight_2, norm_bias_2)
 
 
 def call_order(values: Sequence[Any]) -> list[int]:

@@ -24,6 +24,7 @@ from omnifx.graph import (
     num_bytes,
     output_of,
     run_passes,
+    side_effects,
     total_flops,
 )
 from omnifx.grid import Grid
@@ -72,6 +73,7 @@ class Program:
         run_passes(gm, (FindBranches(static=frozenset(static)),), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
+        self.side_effects = side_effects(gm)
         self.num_outputs = len(output_of(gm).args[0])  # type: ignore[arg-type]
         self.branches, self.over_budget = _within(self.analysis.cacheable, budget)
         self.names = tuple(branch.name for branch in self.branches)

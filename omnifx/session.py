@@ -126,6 +126,8 @@ class Session:
         return self._budget(device) // 2
 
     def _inactive(self, program: Program) -> str:
+        if program.side_effects:
+            return _effects_of(self.model_name, program, self.names)
         if not program.names:
             why = "; ".join(dict.fromkeys(b.reason for b in program.analysis.branches if b.reason))
             return (
@@ -259,7 +261,7 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
                 else ("small, read at every call" if i in roles.small else "watched for change")
             )
             inputs[label[i]] = role
-    notes = []
+    notes = [_effects_of(model, program, names) for program in programs if program.side_effects]
     if len(programs) > 1:
         notes.append(
             f"{len(programs)} graphs: reuse across steps needs the whole step in one graph; "
@@ -275,6 +277,14 @@ def report_of(model: str, programs: Sequence[Program], names: Sequence[str]) -> 
         inputs=inputs,
         notes=tuple(notes),
     )
+
+
+def _effects_of(model: str, program: Program, names: Sequence[str]) -> str:
+    """Why a model with side effects runs as it is; inputs go by the names that its author gave them."""
+    words = program.side_effects.split(" ")
+    plain = dict(zip(program.analysis.inputs.names, names, strict=False))
+    said = " ".join(plain.get(word, word) for word in words)
+    return f"{model} {said}; each step must run once and whole, so nothing is reused"
 
 
 def find_session(compiled: object) -> Session:
