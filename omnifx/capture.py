@@ -92,8 +92,8 @@ def encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """What ``aten._transformer_encoder_layer_fwd`` computes: the one operator of nn.TransformerEncoderLayer in eval mode
-    holds two residual branches. With a mask it stays whole."""
+    """What ``aten._transformer_encoder_layer_fwd`` computes: nn.TransformerEncoderLayer is this one operator in eval mode,
+    though it holds two residual branches. With a mask it stays whole."""
     if mask is not None:
         return NotImplemented
 

@@ -73,17 +73,20 @@ def node_flops(node: fx.Node) -> int:
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether the node is a fused attention operator, whose operands after q, k, v are masks and options."""
-    return node.op == "call_function" and any(word in str(node.target) for word in ("attention", "attn"))
+    """Whether the node is a fused attention operator by its name, or by that of the operator it wraps."""
+    if node.op != "call_function":
+        return False
+    wrapped = node.args[0] if node.args and isinstance(node.args[0], torch._ops.OpOverload) else ""
+    return any(word in f"{node.target} {wrapped}" for word in ("attention", "attn"))
 
 
 def is_opaque(node: fx.Node) -> bool:
-    """Whether nothing is known of what the node computes: an operator from outside torch, or one of higher order that
-    is no attention."""
+    """Whether nothing is known of what the node computes, but perhaps its name: an operator from outside torch, or one
+    of higher order (which may wrap such an operator) other than flex_attention."""
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return not is_attention(node)
+        return "attention" not in node.target.name()
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in LIGHT_NAMESPACES
 
 

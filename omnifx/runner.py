@@ -11,7 +11,7 @@ import operator
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -451,10 +451,12 @@ class Runner:
         extra = self._extra_inputs(variant, call)
         knows_old = all(cut in call.cuts for cut in program.cut_values)
         outputs = variant.run([*args, *extra])
+        if REUSE in call.row:  # a model may return a cut itself, and its caller may write to what it gets
+            outputs = [*_apart(outputs[: program.num_outputs], call.cuts.values()), *outputs[program.num_outputs :]]
         replayed = {}
         if REUSE not in call.row and call.measures and knows_old and not variant.spec.measures:
             replayed = self._replay(call, args, outputs)
-        noise = self._store_outputs(variant, call, outputs[program.num_outputs :], knows_old)
+        noise = self._store_outputs(variant, call, outputs, knows_old)
         if replayed:
             self._keep(stream, {}, replayed)
             stream.has_noise = True
@@ -540,9 +542,10 @@ class Runner:
             self._low_pass[key] = low_pass(size, cutoff).to(device)
         return self._low_pass[key]
 
-    def _store_outputs(self, variant: Variant, call: Call, extra: Sequence[Any], knows_old: bool) -> Tensor | None:
+    def _store_outputs(self, variant: Variant, call: Call, outputs: Sequence[Any], knows_old: bool) -> Tensor | None:
         """Hand new cuts and noise to the stream; returns the main output's noise if it is real."""
         stream, program = call.stream, self.program
+        extra = _apart(outputs[program.num_outputs :], outputs[: program.num_outputs])
         fresh = REUSE not in call.row
         main: Tensor | None = None
         noise: dict[int, Tensor] = {}
@@ -633,6 +636,15 @@ def _scalars_of(weights: list[Tensor]) -> list[Tensor]:
     usable = [w for w in weights if w.dim() >= 2 and (w.dtype, w.device) == kind and w.is_contiguous()]
     picked = usable[:: -(-len(usable) // NUM_PROBES) or 1]
     return [w.detach().view(-1)[w.numel() // 2] for w in picked if w.numel()]
+
+
+def _apart(values: Sequence[Any], others: Iterable[Any]) -> list[Any]:
+    """The values; those that share memory with any of `others` as copies."""
+    taken = {other.untyped_storage().data_ptr() for other in others if isinstance(other, Tensor)}
+    return [
+        value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in taken else value
+        for value in values
+    ]
 
 
 def _zeros_like(fake: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ Before:  a functional ATen graph with shapes (``node.meta["val"]``)
 After:   the same graph; ``gm.meta`` holds an `Analysis`: inputs by role, branches with kinds, cuts, FLOPs and bytes
 Numerics: bitwise equal; the graph is only read.
 
-How. A node is *heavy* if it costs FLOPs and depends on an input that is not a parameter; all others are light. A *trunk
-path* runs through light nodes and never broadcasts its operand. An addition ``a + b`` is a residual add if some node r
-reaches a on a trunk path, and reaches b, but only through heavy nodes: one operand has r for free, the other only by
-paying FLOPs. The latest such r is where the branch leaves the trunk. That rejects rotary embeddings and activations
-(both sides light), adaLN's shift (it does not descend from x), biases and position tables, and sums of experts (both
-heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its add, never behind
-the first join with a value that does not descend from r (the gate): so caches hold attention and MLP outputs before
-timestep-only modulation. An operator from outside torch is heavy, as nobody can look through it; but one that is no
-attention and joins such a value at a branch's end is taken for a gate, and computed at every step. Additions that share heavy nodes or a cut (joint attention) are one branch.
+How. A node is *heavy* if it costs FLOPs and depends on an input that is not a parameter; all others are light. A
+*trunk path* runs through light nodes and never broadcasts its operand. An addition ``a + b`` is a residual add if
+some node r reaches a on a trunk path, and reaches b, but only through heavy nodes: one operand has r for free, the
+other only by paying FLOPs. The latest such r is where the branch leaves the trunk. That rejects rotary embeddings and
+activations (both sides light), adaLN's shift (it does not descend from x), biases and position tables, and sums of
+experts (both heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its
+add, never behind the first join with a value that does not descend from r (the gate): so caches hold attention and
+MLP outputs before timestep-only modulation. An operator from outside torch is heavy, as nobody can look through it;
+but one that is no attention and joins such a value at a branch's end is taken for a gate, and computed at every step.
+Additions that share heavy nodes or a cut (joint attention) are one branch.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class FindBranches(Pass):
 def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
     """Tell the inputs apart from shapes: the latents are the floating-point input most like the output.
 
-    Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements; among
-    equals (a picture to condition on, say) the earliest argument of the model's forward.
+    Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements.
+    Among equals (a picture to condition on, say) it is the earliest argument of the model's forward.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fixed = frozenset(static)
@@ -355,9 +356,9 @@ class _Finder:
         operands = self._mixed_operands(node)
         if is_attention(node) or not is_opaque(node):
             return is_attention(node) or len(operands) >= 2
-        if len(operands) < 3 or any(self.light_ancestors[self.sets.index[o]] >> trunk & 1 for o in operands[:3]):
+        if len(operands) < 3 or any(self.light_ancestors[self.sets.index[o]] >> trunk & 1 for o in operands):
             return False
-        query, key, value = (operand.meta["val"] for operand in operands[:3])
+        query, key, value = (operand.meta["val"] for operand in operands)
         return (
             all(isinstance(v, torch.Tensor) and v.dim() == query.dim() >= 3 for v in (query, key, value))
             and hint(query.shape[-1]) == hint(key.shape[-1])
@@ -473,21 +474,24 @@ class _Finder:
             axis, rank = (*node.args[1:2], 0)[0], node.meta["val"].dim()
             if axis not in (-1, rank - 1):
                 continue
-            beside = [p for p in node.all_input_nodes if not mixed >> index[p] & 1 and sets.ancestors[index[p]] & products]
+            beside = [
+                p for p in node.all_input_nodes if not mixed >> index[p] & 1 and sets.ancestors[index[p]] & products
+            ]
             if 4 * sum(numel(p.meta["val"]) for p in beside) >= numel(node.meta["val"]):
                 return True
         return False
 
     def _mixed_operands(self, node: fx.Node) -> list[fx.Node]:
         """Floating-point operands that depend on data; those of attention without its mask."""
-        arguments = list(node.args[:3]) if is_attention(node) else list(node.all_input_nodes)
-        return [
+        known = is_attention(node) and not is_opaque(node)
+        found = [
             arg
-            for arg in arguments
+            for arg in (node.args[:3] if known else node.all_input_nodes)
             if isinstance(arg, fx.Node)
             and self.data >> self.sets.index[arg] & 1
             and any(leaf.is_floating_point() for leaf in tensors_in(arg.meta.get("val")))
         ]
+        return found[:3] if is_opaque(node) else found
 
     def _name(self, branches: list[Branch]) -> list[Branch]:
         """Unique names; FLOPs shared by several branches are split; what is too small to pay is refused."""

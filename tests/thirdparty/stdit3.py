@@ -100,7 +100,9 @@ class STDiT3Block(nn.Module):
         x = x + by_frame(frame_mask, now[2] * inner, zero[2] * inner, frames)
         x = x + self.cross_attn(x, text, mask)
         normed = self.norm2(x)
-        inner = self.mlp(by_frame(frame_mask, t2i_modulate(normed, *now[3:5]), t2i_modulate(normed, *zero[3:5]), frames))
+        inner = self.mlp(
+            by_frame(frame_mask, t2i_modulate(normed, *now[3:5]), t2i_modulate(normed, *zero[3:5]), frames)
+        )
         return x + by_frame(frame_mask, now[5] * inner, zero[5] * inner, frames)
 
 

@@ -88,7 +88,9 @@ class Model(nn.Module):
         return F.pixel_shuffle(x.unflatten(2, (4, 4)), 2)
 
 
-def dit_case(model: nn.Module, *, kinds: Iterable[str] = DIT * 2, parts: Iterable[str] = ("attn", "mlp"), **given: Any) -> Case:
+def dit_case(
+    model: nn.Module, *, kinds: Iterable[str] = DIT * 2, parts: Iterable[str] = ("attn", "mlp"), **given: Any
+) -> Case:
     """A model of this file with its attention and MLP modules hooked; `given` are further arguments of a call."""
     moving = given.pop("moving", ())
     modules = [name for name in select(model, *parts) if "block" in name]
@@ -297,6 +299,58 @@ def whole_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 @whole_mlp.register_fake
 def _(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("omnifx_tests::attention_into", mutates_args=("out",))
+def attention_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Attention that writes into a buffer of the caller's."""
+    out.copy_(F.scaled_dot_product_attention(q, k, v))
+
+
+@attention_into.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    return None
+
+
+def opaque_attention_in_place() -> Case:
+    """Attention without a result, as inference engines have it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        attention_into(q, k, v, out)
+        return out
+
+    return two(attend)
+
+
+def opaque_cross_attention() -> Case:
+    """xFormers-like attention to a text."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return memory_efficient(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2)
+
+    model = Model(TextBlock(attend) for _ in range(2))
+    return dit_case(model, kinds=("cross_attention", "mlp") * 2, text=noise(2, 200, WIDTH, seed=5))
+
+
+class TextBlock(Block):
+    """A block that attends to a text alone."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__(attn=CrossQKV(attend))
+
+    def forward(self, x: Tensor, c: Tensor, **given: Any) -> Tensor:
+        _, scale1, gate1, _, scale2, gate2 = self.gains(c)
+        x = x + gate1[:, None] * self.attn(self.norm1(x) * (1 + scale1[:, None]), given["text"])
+        return x + gate2[:, None] * self.mlp(self.norm2(x) * (1 + scale2[:, None]))
+
+
+class CrossQKV(QKV):
+    """Keys and values from another sequence."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        out = self.attend(split_heads(self.q(x)), split_heads(self.k(text)), split_heads(self.v(text)))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 def opaque_attention() -> Case:
@@ -637,7 +691,7 @@ VARIANTS: dict[str, Callable[[], Case]] = {
     for made in (
         bool_mask, additive_mask, written_out_mask, causal, torch_attention, torch_attention_with_weights,
         torch_encoder_layer, flex, opaque_attention, opaque_packed_attention, opaque_norm, opaque_sandwich,
-        opaque_gate, opaque_modulated_sandwich, opaque_add_norm, opaque_in_place, opaque_mlp, rope_by_writes,
+        opaque_attention_in_place, opaque_cross_attention, opaque_gate, opaque_modulated_sandwich, opaque_add_norm, opaque_in_place, opaque_mlp, rope_by_writes,
         rope_in_place, rope_by_complex_numbers, in_place, mix_ffn, experts, checkpointed, tied, controlled,
         channels_last, named_output, tuple_output,
     )
