@@ -92,8 +92,8 @@ def encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """What ``aten._transformer_encoder_layer_fwd`` computes: nn.TransformerEncoderLayer is this one operator in eval mode,
-    though it holds two residual branches. With a mask it stays whole."""
+    """What ``aten._transformer_encoder_layer_fwd`` computes. nn.TransformerEncoderLayer is this one operator in eval
+    mode, though it holds two residual branches. With a mask it stays whole."""
     if mask is not None:
         return NotImplemented
 
@@ -119,7 +119,10 @@ def encoder_layer(
 def call_order(values: Sequence[Any]) -> list[int]:
     """For each of these values, its position (from 1) among the arguments that the model was called with, in the order
     of its signature; 0 for what is no argument. Dynamo orders a graph's inputs by their first use instead."""
-    translator = InstructionTranslator.current_tx()
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:  # nothing was ever compiled in this thread
+        translator = None
     if translator is None:
         return [0] * len(values)
     code = translator.f_code

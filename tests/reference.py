@@ -180,7 +180,7 @@ def run(case: Case, *, lowering: str = "eager") -> Ran:
     with (
         torch.no_grad(),
         torch._dynamo.config.patch(error_on_recompile=True),
-        mock.patch("omnifx.backend.EagerLowering", lambda: _Spy(arguments)),
+        mock.patch("omnifx.backend.EagerLowering", return_value=_Spy(arguments)),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("error", omnifx.OmnifxWarning)
@@ -191,12 +191,15 @@ def run(case: Case, *, lowering: str = "eager") -> Ran:
     return Ran(case, runner.program, omnifx.stats(fast), *outputs, arguments)
 
 
-def replay_own_cuts(program: Program, arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Outputs of a step that computes everything, and of the reuse variant fed with that step's own cuts."""
+def replay_cuts(program: Program, first: Sequence[Any], second: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Outputs of a full step on the graph's inputs `first`, and of a reuse step on `second` with the first one's cuts.
+
+    With equal inputs both are to be the same.
+    """
     full = program.variant(program.full(measures=False))
     reusing = program.variant(program.reusing(program.reuse_row, corrects=False))
     with torch.no_grad():
-        made = list(full.run(list(arguments)))
+        made = list(full.run(list(first)))
         cuts = dict(zip(full.extra_outputs, made[program.num_outputs :], strict=True))
-        again = list(reusing.run([*arguments, *(cuts[label] for label in reusing.extra_inputs)]))
+        again = list(reusing.run([*second, *(cuts[label] for label in reusing.extra_inputs)]))
     return made[: program.num_outputs], again[: program.num_outputs]

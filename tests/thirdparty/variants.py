@@ -691,9 +691,9 @@ VARIANTS: dict[str, Callable[[], Case]] = {
     for made in (
         bool_mask, additive_mask, written_out_mask, causal, torch_attention, torch_attention_with_weights,
         torch_encoder_layer, flex, opaque_attention, opaque_packed_attention, opaque_norm, opaque_sandwich,
-        opaque_attention_in_place, opaque_cross_attention, opaque_gate, opaque_modulated_sandwich, opaque_add_norm, opaque_in_place, opaque_mlp, rope_by_writes,
-        rope_in_place, rope_by_complex_numbers, in_place, mix_ffn, experts, checkpointed, tied, controlled,
-        channels_last, named_output, tuple_output,
+        opaque_attention_in_place, opaque_cross_attention, opaque_gate, opaque_modulated_sandwich,
+        opaque_add_norm, opaque_in_place, opaque_mlp, rope_by_writes, rope_in_place, rope_by_complex_numbers,
+        in_place, mix_ffn, experts, checkpointed, tied, controlled, channels_last, named_output, tuple_output,
     )
 }  # fmt: skip
 """Cases by name."""
