@@ -13,7 +13,7 @@ from tests.thirdparty.variants import VARIANTS
 from tests.toys import distance
 
 BOUND = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-"""Relative difference from the eager model that other kernels' rounding may make: a few units of a type's last place."""
+"""Relative difference from the eager model that rounding in other kernels may make: some units of the last place."""
 
 QUICK = {
     "dit-bfloat16-3", "uvit-float16-1", "mmdit_dual-bfloat16-1", "hdit-float16-3", "stdit3-bfloat16-3",

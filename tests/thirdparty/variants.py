@@ -165,17 +165,22 @@ def torch_attention_with_weights() -> Case:
 class EncoderLayer(nn.Module):
     """nn.TransformerEncoderLayer, whose eager fast path is one operator for the whole layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, norm_first: bool) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, batch_first=True, norm_first=True)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, batch_first=True, norm_first=norm_first)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.layer(x + c[:, None])
 
 
 def torch_encoder_layer() -> Case:
-    """torch's own pre-norm layers, as small diffusion models use them."""
-    return dit_case(Model(EncoderLayer() for _ in range(2)), parts=("self_attn", "linear2"))
+    """torch's own layers before a norm, as small diffusion models use them."""
+    return dit_case(Model(EncoderLayer(norm_first=True) for _ in range(2)), parts=("self_attn", "linear2"))
+
+
+def torch_post_norm_layer() -> Case:
+    """torch's own layers by default, with norms on the trunk: the motion diffusion model (MDM) has them."""
+    return dit_case(Model(EncoderLayer(norm_first=False) for _ in range(2)), parts=("self_attn", "linear2"))
 
 
 def _near(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -690,7 +695,8 @@ VARIANTS: dict[str, Callable[[], Case]] = {
     made.__name__: made
     for made in (
         bool_mask, additive_mask, written_out_mask, causal, torch_attention, torch_attention_with_weights,
-        torch_encoder_layer, flex, opaque_attention, opaque_packed_attention, opaque_norm, opaque_sandwich,
+        torch_encoder_layer, torch_post_norm_layer, flex, opaque_attention, opaque_packed_attention, opaque_norm,
+        opaque_sandwich,
         opaque_attention_in_place, opaque_cross_attention, opaque_gate, opaque_modulated_sandwich,
         opaque_add_norm, opaque_in_place, opaque_mlp, rope_by_writes, rope_in_place, rope_by_complex_numbers,
         in_place, mix_ffn, experts, checkpointed, tied, controlled, channels_last, named_output, tuple_output,
