@@ -12,8 +12,9 @@ activations (both sides light), adaLN's shift (it does not descend from x), bias
 experts (both heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its
 add, never behind the first join with a value that does not descend from r (the gate): so caches hold attention and
 MLP outputs before timestep-only modulation. An operator from outside torch is heavy, as nobody can look through it;
-but one that is no attention and joins such a value at a branch's end is taken for a gate, and computed at every step.
-Additions that share heavy nodes or a cut (joint attention) are one branch.
+but one that is no attention and joins such a value at a branch's end is taken for a gate and computed at every step,
+and so is a product with what follows from the timestep alone. Additions that share heavy nodes or a cut (joint
+attention) are one branch.
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ class _Finder:
         placeholders = [node for node in nodes if node.op == "placeholder"]
         static = {placeholders[i] for i in self.inputs.static}
         small = {placeholders[i] for i in self.inputs.small}
-        self.data = self.sized = self.heavy = 0
+        self.data = self.sized = self.heavy = self.timed = 0
+        moving = 1 << index[placeholders[self.inputs.latents]] if self.inputs.latents is not None else 0
+        clocks = sum(1 << index[node] for node in small)
         self.light_ancestors: list[int] = []
         self.trunk_ancestors: list[int] = []
         for i, node in enumerate(nodes):
@@ -185,6 +188,8 @@ class _Finder:
             else:
                 self.data |= bit * any(self.data >> p & 1 for p in parents)
                 self.sized |= bit * any(self.sized >> p & 1 for p in parents)
+            if self.sets.ancestors[i] & clocks and not self.sets.ancestors[i] & moving:
+                self.timed |= bit
             light = trunk = bit
             if self.flops[i] and self.data & bit:
                 self.heavy |= bit
@@ -313,19 +318,24 @@ class _Finder:
             c.cuts = [v for v in sets.members(c.reach & ~(self.heavy & ~own)) if v in chosen]
 
     def _pass_gates(self, c: _Candidate) -> int:
-        """Let the branch end before opaque operators that join what does not descend from its trunk, and before opaque
-        ones behind them; returns these operators. Where one has no work of the branch before it, it may itself hold
-        all of that work, and nothing can be cached."""
+        """Let the branch end before heavy gates, and before opaque operators behind them; returns these nodes.
+
+        An opaque gate with no work of the branch before it may itself hold all of that work: then nothing is cached.
+        """
         ancestors = self.sets.ancestors
         own = sum(1 << h for h in c.own)
         gates = sum(1 << h for h in c.own if self._is_gate(h, c.trunk))
         late = sum(1 << g for g in self.sets.members(gates) if ancestors[g] & own & ~gates)
         passed, c.reach = 0, self.light_ancestors[c.side]
         while new := c.reach & own & ~passed:
-            if new & gates & ~late:
+            if any(self._is_unknown(h, c.trunk) for h in self.sets.members(new & gates & ~late)):
                 c.reach = 0
                 return 0
-            ends = [h for h in self.sets.members(new) if late & ancestors[h] and self._is_unknown(h, c.trunk)]
+            ends = [
+                h
+                for h in self.sets.members(new)
+                if late >> h & 1 or (late & ancestors[h] and self._is_unknown(h, c.trunk))
+            ]
             if not ends:
                 break
             for h in ends:
@@ -339,12 +349,15 @@ class _Finder:
         return is_opaque(self.nodes[h]) and not self._mixes(h, trunk)
 
     def _is_gate(self, h: int, trunk: int) -> bool:
-        """Whether an opaque operator, no attention, joins a value of the trunk's with one that is not."""
-        if not self._is_unknown(h, trunk):
-            return False
+        """Whether a heavy node joins a value of the trunk's with a foreign one as gates do: an opaque operator that is
+        no attention, or a product with what follows from the timestep alone."""
         below = self.sets.descendants[trunk]
         parents = [self.sets.index[p] for p in self.nodes[h].all_input_nodes]
-        return any(below >> p & 1 for p in parents) and any(self.data >> p & ~below >> p & 1 for p in parents)
+        foreign = [p for p in parents if self.data >> p & ~below >> p & 1]
+        if not foreign or not any(below >> p & 1 for p in parents):
+            return False
+        timed = not is_attention(self.nodes[h]) and any(self.timed >> p & 1 for p in foreign)
+        return timed or self._is_unknown(h, trunk)
 
     def _mixes(self, h: int, trunk: int) -> bool:
         """Whether a heavy node lets tokens see each other: a product of two data operands, or an attention.

@@ -408,8 +408,9 @@ def gain(model: nn.Module, t: Tensor) -> Tensor:
         (lambda m, y, t: rms_norm(fused_gate(y, gain(m, t))), ["gate", "rms_norm"]),
         (lambda m, y, t: torch.tanh(norm_modulate(y, gain(m, t), gain(m, t))), ["norm_modulate"]),
         (lambda m, y, t: rms_norm(y) * gain(m, t)[:, None], []),
+        (lambda m, y, t: rms_norm(y @ torch.diag_embed(gain(m, t))), ["rms_norm"]),
     ],
-    ids=["gate", "norm_behind_gate", "modulated_norm", "norm_before_gate"],
+    ids=["gate", "norm_behind_gate", "modulated_norm", "norm_before_gate", "gate_by_a_product"],
 )
 def test_a_foreign_operator_that_joins_the_timestep_behind_a_branch_is_computed_at_every_step(
     tail: Callable[..., Any], computed: list[str]
@@ -424,6 +425,22 @@ def test_a_foreign_operator_that_joins_the_timestep_behind_a_branch_is_computed_
     foreign = [node for node in traced.gm.graph.nodes if "omnifx_tests" in str(node.target)]
     assert (branch.kind, branch.cacheable) == ("mlp", True)
     assert [str(node.target).split(".")[1] for node in foreign if node not in dead] == computed
+
+
+def test_attention_to_what_follows_from_the_timestep_is_cached_behind_its_projection() -> None:
+    def block(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        tokens = gain(m, t).unflatten(-1, (4, 4)) @ m.tokens  # keys and values that change with the timestep
+        scores = (m.q(x) @ tokens.transpose(1, 2)).softmax(-1)
+        return x + m.out(scores @ tokens)
+
+    tokens = nn.Linear(16, 4, bias=False).weight
+    model = Model(block, time=linear(), q=linear(), out=linear())
+    model.tokens = tokens
+    traced = trace(lively(model), noise(1, 16, 16), torch.tensor([0.5]))
+
+    branch = only(traced)
+
+    assert (branch.kind, branch.cacheable, len(branch.heavy)) == ("cross_attention", True, 4)
 
 
 def test_a_modulated_norm_by_a_foreign_operator_is_part_of_its_branch_and_no_attention() -> None:

@@ -410,6 +410,20 @@ def opaque_gate() -> Case:
     return dit_case(Model(OpaqueGateBlock() for _ in range(2)))
 
 
+class ProductGateBlock(Block):
+    """Gates by products with matrices that the timestep makes: heavy, but gates all the same."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.gains(c)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1)) @ torch.diag_embed(gate1)
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2)) @ torch.diag_embed(gate2)
+
+
+def product_gate() -> Case:
+    """Channels mixed by the timestep behind each branch."""
+    return dit_case(Model(ProductGateBlock() for _ in range(2)))
+
+
 class OpaqueModulatedSandwichBlock(Block):
     """The branch's own output is normed and modulated by a foreign operator, and so changes with the timestep."""
 
@@ -697,7 +711,7 @@ VARIANTS: dict[str, Callable[[], Case]] = {
         bool_mask, additive_mask, written_out_mask, causal, torch_attention, torch_attention_with_weights,
         torch_encoder_layer, torch_post_norm_layer, flex, opaque_attention, opaque_packed_attention, opaque_norm,
         opaque_sandwich,
-        opaque_attention_in_place, opaque_cross_attention, opaque_gate, opaque_modulated_sandwich,
+        opaque_attention_in_place, opaque_cross_attention, opaque_gate, product_gate, opaque_modulated_sandwich,
         opaque_add_norm, opaque_in_place, opaque_mlp, rope_by_writes, rope_in_place, rope_by_complex_numbers,
         in_place, mix_ffn, experts, checkpointed, tied, controlled, channels_last, named_output, tuple_output,
     )
