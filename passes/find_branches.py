@@ -334,7 +334,7 @@ class _Finder:
             ends = [
                 h
                 for h in self.sets.members(new)
-                if late >> h & 1 or (late & ancestors[h] and self._is_unknown(h, c.trunk))
+                if late >> h & 1 or (self._is_unknown(h, c.trunk) and late & self._above(h, own, c.trunk))
             ]
             if not ends:
                 break
@@ -344,6 +344,20 @@ class _Finder:
                     c.reach |= self.light_ancestors[self.sets.index[parent]]
         c.own = [h for h in c.own if not passed >> h & 1]
         return passed
+
+    def _above(self, h: int, own: int, trunk: int) -> int:
+        """What reaches a node past no heavy node but opaque ones of the branch that are no attention."""
+        found, work = 0, [h]
+        seen = 1 << h
+        while work:
+            above = 0
+            for parent in self.nodes[work.pop()].all_input_nodes:
+                above |= self.light_ancestors[self.sets.index[parent]]
+            found |= above
+            new = [i for i in self.sets.members(above & own & ~seen) if self._is_unknown(i, trunk)]
+            seen |= sum(1 << i for i in new)
+            work += new
+        return found
 
     def _is_unknown(self, h: int, trunk: int) -> bool:
         return is_opaque(self.nodes[h]) and not self._mixes(h, trunk)

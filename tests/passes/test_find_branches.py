@@ -452,6 +452,22 @@ def test_a_modulated_norm_by_a_foreign_operator_is_part_of_its_branch_and_no_att
     assert (branch.kind, branch.cacheable, "norm_modulate" in branch.heavy) == ("mlp", True, True)
 
 
+def test_a_foreign_projection_behind_attention_is_cached_whatever_was_joined_before_attention() -> None:
+    """Rotary positions from an input and quantised products, both by custom operators."""
+
+    def block(m: Any, x: Tensor, t: Tensor, turns: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 8)) for layer in (m.q, m.k, m.v))
+        q, k = (fused_gate(u.flatten(2), turns).unflatten(-1, (2, 8)) for u in (q, k))
+        out = F.scaled_dot_product_attention(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2).flatten(2)
+        return x + rms_norm(out)
+
+    layers = {name: linear() for name in "qkv"}
+    branch = only(found(block, extra=(noise(1, 16, seed=3),), **layers))
+
+    assert (branch.kind, branch.cacheable) == ("self_attention", True)
+    assert branch.heavy[-1] == "rms_norm"
+
+
 def test_a_branch_that_is_one_foreign_operator_with_the_timestep_in_it_is_refused() -> None:
     traced = found(lambda m, x, t: m.out(x + fused_gate(x, gain(m, t))), time=linear(), out=linear())
 
