@@ -91,9 +91,9 @@ def encoder_layer(
     ffn_bias_2: Tensor,
     mask: Tensor | None = None,
     mask_type: int | None = None,
-) -> Tensor:
+) -> Any:
     """What ``aten._transformer_encoder_layer_fwd`` computes. nn.TransformerEncoderLayer is this one operator in eval
-    mode, though it holds two residual branches. With a mask it stays whole."""
+    mode, though it holds two residual branches. With a mask it stays whole: NotImplemented."""
     if mask is not None:
         return NotImplemented
 
