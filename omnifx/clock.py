@@ -130,7 +130,7 @@ class Reader:
         where = self.inputs.latents
         latents = args[where].detach() if where is not None else None
         small = [args[i] for i in self.inputs.small]
-        parts = [value.detach().reshape(-1) for value in small if isinstance(value, Tensor)]
+        parts = [_flat(value) for value in small if isinstance(value, Tensor)]
         count = len(parts)
         if latents is not None:
             flat = latents.reshape(-1)
@@ -161,7 +161,7 @@ class Reader:
     def small(self, args: Sequence[Any]) -> tuple[tuple[float, ...], ...]:
         """The values of the small inputs alone."""
         small = [args[i] for i in self.inputs.small]
-        read = iter(_values_of([value.detach().reshape(-1) for value in small if isinstance(value, Tensor)]))
+        read = iter(_values_of([_flat(value) for value in small if isinstance(value, Tensor)]))
         return tuple(next(read) if isinstance(v, Tensor) else (float(v),) for v in small)
 
     def _places_of(self, size: int, device: torch.device) -> Tensor:
@@ -172,6 +172,12 @@ class Reader:
             places = torch.randint(size, (count,), generator=generator) if size > count else torch.arange(size)
             self._places[key] = places.to(device)
         return self._places[key]
+
+
+def _flat(value: Tensor) -> Tensor:
+    """The elements of a small input as one axis of real numbers."""
+    value = value.detach()
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).reshape(-1)
 
 
 def _values_of(parts: Sequence[Tensor]) -> list[tuple[float, ...]]:

@@ -63,6 +63,8 @@ def node_flops(node: fx.Node) -> int:
         return int(flop_registry[target.overloadpacket](*args, **kwargs, out_val=_shape_stub_value(node.meta["val"])))
     if name.startswith("_weight_int") or name in ("_int_mm", "mv", "_grouped_mm", "_scaled_grouped_mm"):
         return _matrix_product(node)
+    if name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_triton_multi_head_attention"):
+        return _layer(node)
     if target.namespace not in LIGHT_NAMESPACES:
         return _opaque(node)
     if target._can_decompose() and target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
@@ -71,8 +73,21 @@ def node_flops(node: fx.Node) -> int:
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether the node is a fused attention operator, whose operands after q, k, v are masks and options."""
-    return node.op == "call_function" and "attention" in str(node.target)
+    """Whether the node is a fused attention operator by its name, or by that of the operator it wraps."""
+    if node.op != "call_function":
+        return False
+    wrapped = node.args[0] if node.args and isinstance(node.args[0], torch._ops.OpOverload) else ""
+    return any(word in f"{node.target} {wrapped}" for word in ("attention", "attn"))
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether nothing is known of what the node computes, but perhaps its name: an operator from outside torch, or one
+    of higher order (which may wrap such an operator) other than flex_attention."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "attention" not in node.target.name()
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in LIGHT_NAMESPACES
 
 
 def _values(node: fx.Node) -> list[torch.Tensor]:
@@ -94,6 +109,14 @@ def _attention(node: fx.Node) -> int:
 def _matrix_product(node: fx.Node) -> int:
     first = _values(node)[0]
     return 2 * numel(node.meta["val"]) * hint(first.shape[-1])
+
+
+def _layer(node: fx.Node) -> int:
+    """Every token by every weight, and self-attention."""
+    first = _values(node)[0]
+    width = hint(first.shape[-1])
+    weights = sum(numel(value) for value in _values(node) if value.dim() == 2 and hint(value.shape[-1]) >= width)
+    return 2 * numel(first) // width * weights + 4 * numel(first) * hint(first.shape[1])
 
 
 def _opaque(node: fx.Node) -> int:

@@ -15,9 +15,11 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnifx.errors import PassError
-from omnifx.flops import hint, node_flops, num_bytes, numel, tensors_in
+from omnifx.flops import hint, is_attention, node_flops, num_bytes, numel, tensors_in
 
 ANALYSIS = "omnifx_analysis"
+ARGUMENT = "omnifx_argument"
+"""Where in the call of the model an input's value stood; 0 if unknown."""
 EXTRA_INPUTS = "omnifx_extra_inputs"
 EXTRA_OUTPUTS = "omnifx_extra_outputs"
 CONDITIONS = "omnifx_conditions"
@@ -277,6 +279,31 @@ def dead_without(cuts: Iterable[fx.Node]) -> set[fx.Node]:
     return dead
 
 
+def side_effects(gm: fx.GraphModule) -> str:
+    """What a run of the graph does beside computing its outputs, in words; empty if nothing.
+
+    Such a graph is not the same run twice as run once.
+    """
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target._schema.is_mutable:
+            written = [arg.name for arg in node.all_input_nodes if arg.op == "placeholder"]
+            return f"writes to its input or buffer {written[0] if written else node.name}"
+        if _draws(node):
+            return f"draws random numbers ({node.name})"
+    return ""
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator advances a random generator; fused attention does so only with dropout."""
+    target: Any = node.target
+    if is_attention(node):
+        names = [argument.name for argument in target._schema.arguments]
+        return bool({**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("dropout_p", 0.0))
+    return torch.Tag.nondeterministic_seeded in target.tags or "::inductor_seed" in target.name()
+
+
 def float_outputs(gm: fx.GraphModule) -> list[int]:
     """Positions of the outputs that hold floating-point tensors with at least one axis besides the batch."""
     return [
@@ -328,6 +355,7 @@ class BitSets:
 
 __all__ = [
     "ANALYSIS",
+    "ARGUMENT",
     "CONDITIONS",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
@@ -354,6 +382,7 @@ __all__ = [
     "numel",
     "output_of",
     "run_passes",
+    "side_effects",
     "tensors_in",
     "total_flops",
 ]

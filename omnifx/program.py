@@ -26,6 +26,7 @@ from omnifx.graph import (
     num_bytes,
     output_of,
     run_passes,
+    side_effects,
     total_flops,
 )
 from omnifx.grid import Grid
@@ -50,6 +51,8 @@ class Variant:
     compile_seconds: float
     conditions: Conditions | None = None
     """The graph that makes its ``condition:`` inputs."""
+    shares: bool | None = None
+    """Whether an output of the model shares memory with a cut; None until it ran."""
     checked: bool = False
     """Whether it was seen to reproduce a full step from that step's own cuts."""
 
@@ -99,6 +102,7 @@ class Program:
         run_passes(gm, (FindBranches(static=frozenset(static)),), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
+        self.side_effects = side_effects(gm)
         self.num_outputs = len(output_of(gm).args[0])  # type: ignore[arg-type]
         self.branches, self.over_budget = _within(self.analysis.cacheable, budget)
         self.names = tuple(branch.name for branch in self.branches)
@@ -107,9 +111,6 @@ class Program:
             cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
         }
         self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
-        self.writes_inputs = any(
-            node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder" for node in gm.graph.nodes
-        )
         outputs = output_of(gm).args[0]
         self.noisy = noisy_outputs(gm, self.names) if self.names else []
         self.frame_axis = frame_axis(gm, self.analysis)

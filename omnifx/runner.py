@@ -201,6 +201,7 @@ class Runner:
         before = self._before(job, args) if computes else {}
         extra = self._extra_inputs(variant, job, args)
         outputs = variant.run([*args, *extra])
+        outputs = self._apart(variant, job, outputs)
         self._store_outputs(variant, job, outputs[program.num_outputs :])
         noise = self._keep_noise(job, before, outputs)
         if computes and program.names:
@@ -216,7 +217,7 @@ class Runner:
         """
         program, stream = self.program, job.call.stream
         cached: dict[int, Tensor] = {}
-        wanted = job.call.measures and not self._conductor.broken and not program.writes_inputs
+        wanted = job.call.measures and not self._conductor.broken and not program.side_effects
         if wanted and program.noisy and all(cut in job.cuts for cut in program.cut_values):
             variant = self._any_reuse(stream.reads_noise)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
@@ -310,6 +311,15 @@ class Runner:
             self._low_pass[key] = low_pass(size, cutoff).to(device)
         return self._low_pass[key]
 
+    def _apart(self, variant: Variant, job: Job, outputs: Sequence[Any]) -> Sequence[Any]:
+        """The outputs, none of which shares memory with a cut: a model may return one, and its caller write to it."""
+        if variant.shares is False:
+            return outputs
+        given, made = outputs[: self.program.num_outputs], outputs[self.program.num_outputs :]
+        taken = set(map(_memory, (*job.cuts.values(), *made)))
+        variant.shares = any(isinstance(value, Tensor) and _memory(value) in taken for value in given)
+        return [v.clone() if isinstance(v, Tensor) and _memory(v) in taken else v for v in given] + list(made)
+
     def _store_outputs(self, variant: Variant, job: Job, extra: Sequence[Any]) -> None:
         """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
         stream, program, part = job.call.stream, self.program, job.part
@@ -368,7 +378,7 @@ class Runner:
         for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
             if REUSE in row and len(row) == len(program.names):
                 self._compiled(program.reusing(row, corrects=stream.reads_noise))
-        if program.writes_inputs:
+        if program.side_effects:
             return
         for variant in [v for v in program.variants.values() if REUSE in v.spec.row and not v.checked]:
             variant.checked = True
@@ -382,6 +392,10 @@ class Runner:
                         "of its norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
                     )
                     self._conductor.tell(self._inactive)
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _strides(fake: Tensor) -> tuple[int, ...]:

@@ -91,8 +91,8 @@ class Session:
                 f"uncached, the first is {program.over_budget[0].name}"
             )
         conductor, reason = None, ""
-        if broken and self.boundary is None:
-            reason = self._break_reason()
+        if broken and (self.boundary is None or program.side_effects):
+            reason = _effects_of(self.model_name, program, ()) if program.side_effects else self._break_reason()
         elif not broken:
             reason = self._inactive([program])
             conductor = self._conductor(
@@ -213,6 +213,8 @@ class Session:
 
     def _inactive(self, programs: Sequence[Program]) -> str:
         """Why nothing can be reused of these graphs; empty if something can."""
+        if len(programs) == 1 and programs[0].side_effects:
+            return _effects_of(self.model_name, programs[0], self.names)
         if not any(program.names for program in programs):
             return nothing_found(self.model_name, [(program.gm, program.analysis) for program in programs])
         if len(programs) == 1 and programs[0].analysis.inputs.latents is None:
@@ -357,6 +359,7 @@ def report_of(
                 else ("small, read at every call" if i in roles.small else "watched for change")
             )
             inputs[label[i]] = role
+    notes = tuple(_effects_of(model, program, names) for program in programs if program.side_effects)
     return MatchReport(
         model=model,
         branches=_branches_of(ran),
@@ -368,6 +371,7 @@ def report_of(
         samples=_samples(programs[0]) if len(programs) == 1 else 0,
         inputs=inputs,
         breaks=breaks,
+        notes=notes,
     )
 
 
@@ -394,6 +398,14 @@ def _branches_of(ran: Sequence[tuple[Program, str]]) -> tuple[Branch, ...]:
                 )
             )
     return tuple(found)
+
+
+def _effects_of(model: str, program: Program, names: Sequence[str]) -> str:
+    """Why a model with side effects runs as it is; inputs go by the names that its author gave them."""
+    words = program.side_effects.split(" ")
+    plain = dict(zip(program.analysis.inputs.names, names, strict=False))
+    said = " ".join(plain.get(word, word) for word in words)
+    return f"{model} {said}; each step must run once and whole, so nothing is reused"
 
 
 def find_session(compiled: object) -> Session:

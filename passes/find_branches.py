@@ -4,14 +4,17 @@ Before:  a functional ATen graph with shapes (``node.meta["val"]``)
 After:   the same graph; ``gm.meta`` holds an `Analysis`: inputs by role, branches with kinds, cuts, FLOPs and bytes
 Numerics: bitwise equal; the graph is only read.
 
-How. A node is *heavy* if it costs FLOPs and depends on an input that is not a parameter; all others are light. A *trunk
-path* runs through light nodes and never broadcasts its operand. An addition ``a + b`` is a residual add if some node r
-reaches a on a trunk path, and reaches b, but only through heavy nodes: one operand has r for free, the other only by
-paying FLOPs. The latest such r is where the branch leaves the trunk. That rejects rotary embeddings and activations
-(both sides light), adaLN's shift (it does not descend from x), biases and position tables, and sums of experts (both
-heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its add, never behind
-the first join with a value that does not descend from r (the gate): so caches hold attention and MLP outputs before
-timestep-only modulation. Additions that share heavy nodes or a cut (joint attention) are one branch.
+How. A node is *heavy* if it costs FLOPs and depends on an input that is not a parameter; all others are light. A
+*trunk path* runs through light nodes and never broadcasts its operand. An addition ``a + b`` is a residual add if
+some node r reaches a on a trunk path, and reaches b, but only through heavy nodes: one operand has r for free, the
+other only by paying FLOPs. The latest such r is where the branch leaves the trunk. That rejects rotary embeddings and
+activations (both sides light), adaLN's shift (it does not descend from x), biases and position tables, and sums of
+experts (both heavy). What is cached is a minimum-bytes vertex cut between the last heavy nodes of a branch and its
+add, never behind the first join with a value that does not descend from r (the gate): so caches hold attention and
+MLP outputs before timestep-only modulation. An operator from outside torch is heavy, as nobody can look through it;
+but one that is no attention and joins such a value at a branch's end is taken for a gate and computed at every step,
+and so is a product with what follows from the timestep alone. Additions that share heavy nodes or a cut (joint
+attention) are one branch.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ import torch
 from torch import fx
 
 from omnifx.errors import ConfigError, PassError
-from omnifx.flops import is_attention
+from omnifx.flops import is_attention, is_opaque
 from omnifx.graph import (
     ANALYSIS,
+    ARGUMENT,
     SMALL,
     Analysis,
     BitSets,
@@ -97,12 +101,13 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
     """Tell the inputs apart from shapes: the latents are the floating-point input most like the output.
 
     Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements.
+    Among equals (a picture to condition on, say) it is the earliest argument of the model's forward.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fixed = frozenset(static)
     outputs = [output_of(gm).args[0][i].meta["val"] for i in float_outputs(gm)]  # type: ignore[index,union-attr]
     target = max(outputs, key=numel, default=None)
-    candidates: list[tuple[tuple[int, int, int, int], int]] = []
+    candidates: list[tuple[tuple[int, int, int, int, int], int]] = []
     others: list[int] = []
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
@@ -113,7 +118,7 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
             continue
         same = value.dim() == target.dim()
         common = sum(hint(a) == hint(b) for a, b in zip(value.shape, target.shape, strict=False)) if same else 0
-        likeness = (int(same and common == value.dim()), common, numel(value), -i)
+        likeness = (int(same and common == value.dim()), common, numel(value), -node.meta.get(ARGUMENT, 0), -i)
         candidates.append((likeness, i))
     latents = max(candidates)[1] if candidates else None
     rest = [i for i in others if i != latents]
@@ -145,6 +150,7 @@ class _Candidate:
     region: int  # bit set
     heavy: list[int] = field(default_factory=list)  # of the whole region
     own: list[int] = field(default_factory=list)  # heavy nodes that belong to no nested residual
+    reach: int = 0  # bit set: what reaches b past no heavy node but the gates
     cuts: list[int] = field(default_factory=list)
 
 
@@ -166,7 +172,9 @@ class _Finder:
         placeholders = [node for node in nodes if node.op == "placeholder"]
         static = {placeholders[i] for i in self.inputs.static}
         small = {placeholders[i] for i in self.inputs.small}
-        self.data = self.sized = self.heavy = 0
+        self.data = self.sized = self.heavy = self.timed = 0
+        moving = 1 << index[placeholders[self.inputs.latents]] if self.inputs.latents is not None else 0
+        clocks = sum(1 << index[node] for node in small)
         self.light_ancestors: list[int] = []
         self.trunk_ancestors: list[int] = []
         for i, node in enumerate(nodes):
@@ -178,6 +186,8 @@ class _Finder:
             else:
                 self.data |= bit * any(self.data >> p & 1 for p in parents)
                 self.sized |= bit * any(self.sized >> p & 1 for p in parents)
+            if self.sets.ancestors[i] & clocks and not self.sets.ancestors[i] & moving:
+                self.timed |= bit
             light = trunk = bit
             if self.flops[i] and self.data & bit:
                 self.heavy |= bit
@@ -267,12 +277,15 @@ class _Finder:
         sets = self.sets
         flow: nx.DiGraph[Any] = nx.DiGraph()
         for c in candidates:
+            passed = self._pass_gates(c)
             own = sum(1 << h for h in c.own)
-            sources = list(sets.members(self.light_ancestors[c.side] & own))
+            sources = list(sets.members(c.reach & own))
+            if not sources:
+                continue
             behind = 0
             for h in sources:
                 behind |= sets.descendants[h]
-            tail = list(sets.members(self.light_ancestors[c.side] & ~self.heavy & behind))
+            tail = list(sets.members(c.reach & ~(self.heavy & ~passed) & behind))
             members = {*sources, *tail}
             tainted: set[int] = set()
             for h in sources:
@@ -300,8 +313,83 @@ class _Finder:
             chosen.update(_minimum_cut(flow.subgraph({*part, "source", "sink"})))
         for c in candidates:
             own = sum(1 << h for h in c.own)
-            reach = self.light_ancestors[c.side] & ~(self.heavy & ~own)
-            c.cuts = [v for v in sets.members(reach) if v in chosen]
+            c.cuts = [v for v in sets.members(c.reach & ~(self.heavy & ~own)) if v in chosen]
+
+    def _pass_gates(self, c: _Candidate) -> int:
+        """Let the branch end before heavy gates, and before opaque operators behind them; returns these nodes.
+
+        An opaque gate with no work of the branch before it may itself hold all of that work: then nothing is cached.
+        """
+        ancestors = self.sets.ancestors
+        own = sum(1 << h for h in c.own)
+        gates = sum(1 << h for h in c.own if self._is_gate(h, c.trunk))
+        late = sum(1 << g for g in self.sets.members(gates) if ancestors[g] & own & ~gates)
+        passed, c.reach = 0, self.light_ancestors[c.side]
+        while new := c.reach & own & ~passed:
+            if any(self._is_unknown(h, c.trunk) for h in self.sets.members(new & gates & ~late)):
+                c.reach = 0
+                return 0
+            ends = [
+                h
+                for h in self.sets.members(new)
+                if late >> h & 1 or (self._is_unknown(h, c.trunk) and late & self._above(h, own, c.trunk))
+            ]
+            if not ends:
+                break
+            for h in ends:
+                passed |= 1 << h
+                for parent in self.nodes[h].all_input_nodes:
+                    c.reach |= self.light_ancestors[self.sets.index[parent]]
+        c.own = [h for h in c.own if not passed >> h & 1]
+        return passed
+
+    def _above(self, h: int, own: int, trunk: int) -> int:
+        """What reaches a node past no heavy node but opaque ones of the branch that are no attention."""
+        found, work = 0, [h]
+        seen = 1 << h
+        while work:
+            above = 0
+            for parent in self.nodes[work.pop()].all_input_nodes:
+                above |= self.light_ancestors[self.sets.index[parent]]
+            found |= above
+            new = [i for i in self.sets.members(above & own & ~seen) if self._is_unknown(i, trunk)]
+            seen |= sum(1 << i for i in new)
+            work += new
+        return found
+
+    def _is_unknown(self, h: int, trunk: int) -> bool:
+        return is_opaque(self.nodes[h]) and not self._mixes(h, trunk)
+
+    def _is_gate(self, h: int, trunk: int) -> bool:
+        """Whether a heavy node joins a value of the trunk's with a foreign one as gates do: an opaque operator that is
+        no attention, or a product with what follows from the timestep alone."""
+        below = self.sets.descendants[trunk]
+        parents = [self.sets.index[p] for p in self.nodes[h].all_input_nodes]
+        foreign = [p for p in parents if self.data >> p & ~below >> p & 1]
+        if not foreign or not any(below >> p & 1 for p in parents):
+            return False
+        timed = not is_attention(self.nodes[h]) and any(self.timed >> p & 1 for p in foreign)
+        return timed or self._is_unknown(h, trunk)
+
+    def _mixes(self, h: int, trunk: int) -> bool:
+        """Whether a heavy node lets tokens see each other: a product of two data operands, or an attention.
+
+        An opaque operator counts as attention by its name, or if it takes three operands in the shapes of queries, keys
+        and values, none of which is the trunk itself (or its norm).
+        """
+        node = self.nodes[h]
+        operands = self._mixed_operands(node)
+        if is_attention(node) or not is_opaque(node):
+            return is_attention(node) or len(operands) >= 2
+        if len(operands) < 3 or any(self.light_ancestors[self.sets.index[o]] >> trunk & 1 for o in operands):
+            return False
+        query, key, value = (operand.meta["val"] for operand in operands)
+        return (
+            all(isinstance(v, torch.Tensor) and v.dim() == query.dim() >= 3 for v in (query, key, value))
+            and hint(query.shape[-1]) == hint(key.shape[-1])
+            and all(hint(a) == hint(b) for a, b in zip(key.shape[:-1], value.shape[:-1], strict=True))
+            and numel(key) > hint(key.shape[0]) * hint(key.shape[-1])  # one token for each sample is a modulation
+        )
 
     @staticmethod
     def _add_value(flow: nx.DiGraph[Any], value: int, size: int | None) -> None:
@@ -374,17 +462,18 @@ class _Finder:
         mixing: list[int] = []
         crosses = sees_itself = False
         for h in own:
-            operands = self._mixed_operands(self.nodes[h])
-            if len(operands) < 2:
+            if not any(self._mixes(h, c.trunk) for c in group):
                 continue
+            operands = self._mixed_operands(self.nodes[h])
             mixing.append(h)
             foreign = [p for p in operands if not trunk >> index[p] & 1]
             crosses |= bool(foreign)
             sees_itself |= not foreign and is_attention(self.nodes[h])
         if not mixing:
-            return "conv" if all(_packet(self.nodes[h]) is aten.convolution for h in own) else "mlp"
+            known = [h for h in own if not is_opaque(self.nodes[h])]
+            return "conv" if known and all(_packet(self.nodes[h]) is aten.convolution for h in known) else "mlp"
         aside = [h for h in own if not any((sets.ancestors[m] | sets.descendants[m]) >> h & 1 for m in mixing)]
-        if self._cost(aside) >= 0.25 * self._cost(own):
+        if self._cost(aside) >= 0.25 * self._cost(own) or self._joins_hidden_values(own, mixing):
             return "parallel"
         roots = [c.trunk for c in group]
         if any(
@@ -395,16 +484,39 @@ class _Finder:
             return "cross_attention+self_attention" if sees_itself else "cross_attention"
         return "self_attention"
 
+    def _joins_hidden_values(self, own: list[int], mixing: list[int]) -> bool:
+        """Whether values that passed no attention make a quarter or more of the channels that some product reads beside
+        attention's: a fused projection into queries, keys, values and hidden values hides that in its FLOPs."""
+        index, sets = self.sets.index, self.sets
+        products = sum(1 << h for h in own)
+        mixed = 0
+        for m in mixing:
+            mixed |= sets.descendants[m]
+        for i in sets.members(mixed & ~self.heavy):
+            node = self.nodes[i]
+            if _packet(node) is not aten.cat or not sets.descendants[i] & products:
+                continue
+            axis, rank = (*node.args[1:2], 0)[0], node.meta["val"].dim()
+            if axis not in (-1, rank - 1):
+                continue
+            beside = [
+                p for p in node.all_input_nodes if not mixed >> index[p] & 1 and sets.ancestors[index[p]] & products
+            ]
+            if 4 * sum(numel(p.meta["val"]) for p in beside) >= numel(node.meta["val"]):
+                return True
+        return False
+
     def _mixed_operands(self, node: fx.Node) -> list[fx.Node]:
         """Floating-point operands that depend on data; those of attention without its mask."""
-        arguments = list(node.args[:3]) if is_attention(node) else list(node.all_input_nodes)
-        return [
+        known = is_attention(node) and not is_opaque(node)
+        found = [
             arg
-            for arg in arguments
+            for arg in (node.args[:3] if known else node.all_input_nodes)
             if isinstance(arg, fx.Node)
             and self.data >> self.sets.index[arg] & 1
             and any(leaf.is_floating_point() for leaf in tensors_in(arg.meta.get("val")))
         ]
+        return found[:3] if is_opaque(node) else found
 
     def _name(self, branches: list[Branch]) -> list[Branch]:
         """Unique names; FLOPs shared by several branches are split; what is too small to pay is refused."""

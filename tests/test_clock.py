@@ -49,6 +49,18 @@ def test_plain_numbers_are_small_inputs_too() -> None:
     assert reading.small == ((7.0,), (2.5,))
 
 
+def test_complex_small_inputs_are_read_with_both_parts() -> None:
+    turns = torch.polar(torch.ones(3), torch.tensor([0.0, 1.0, 2.0]))
+
+    one, other = (
+        Reader(INPUTS).read([noise(1, 4), torch.tensor([1.0]), value, noise(1, 5, 8), torch.zeros(3)])
+        for value in (turns, turns.conj())
+    )
+
+    assert len(one.small[1]) == 6
+    assert one.small != other.small
+
+
 @given(st.floats(0.01, 2.0), st.integers(0, 50))
 def test_moves_are_relative_to_the_latents_before(share: float, seed: int) -> None:
     x = noise(1, 4, 4, 4, seed=seed)

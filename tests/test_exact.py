@@ -10,7 +10,8 @@ import torch
 
 import omnifx
 from omnifx.plan import REUSE
-from tests.toys import EAGER, TINY, Reference, Tiny, distance, noise, toy, trace
+from tests.reference import OldOutputs, replay_cuts
+from tests.toys import EAGER, TINY, Tiny, distance, noise, toy, trace
 
 
 def tiny_toy() -> Tiny:
@@ -89,20 +90,13 @@ def test_all_compute_without_a_compiler_is_the_eager_model(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_that_reuses_everything_is_the_model_with_its_modules_old_outputs(name: str) -> None:
     tiny = MODELS[name]()
-    reference = Reference(tiny.model, "Fr", modules=tiny.modules, stream_of=lambda **inputs: 0)
-    call(reference, tiny.inputs)
-    expected = call(reference, next_inputs(tiny))
+    reference = OldOutputs(tiny.model, tiny.modules)
+    reference(tiny.inputs, reuse=False)
+    expected = reference(next_inputs(tiny), reuse=True)
     traced = trace(tiny.model, **tiny.inputs)
-    program = traced.program()
-    full = program.variant(program.full(measures=False))
-    with torch.no_grad():
-        made = full.run(list(traced.inputs))
-    cuts = dict(zip(full.extra_outputs, made[program.num_outputs :], strict=True))
 
-    reusing = program.variant(program.reusing(program.reuse_row, corrects=False))
     values = as_called(traced.inputs, tiny.inputs, next_inputs(tiny))
-    with torch.no_grad():
-        again = reusing.run(reusing.feed(values, cuts))
+    _, again = replay_cuts(traced.program(), traced.inputs, values)
 
     assert distance(again[0], expected) < 1e-5
     assert distance(again[0], call(tiny.model, next_inputs(tiny))) > 1e-3  # else reuse could not be told from computing
@@ -122,15 +116,10 @@ def test_a_reuse_variant_fed_the_steps_own_cuts_computes_the_same_bits(name: str
     tiny = MODELS[name]()
     traced = trace(tiny.model, **tiny.inputs)
     program = traced.program()
-    full = program.variant(program.full(measures=False))
-    with torch.no_grad():
-        made = full.run(list(traced.inputs))
-    cuts = dict(zip(full.extra_outputs, made[program.num_outputs :], strict=True))
+
+    made, again = replay_cuts(program, traced.inputs, traced.inputs)
 
     reusing = program.variant(program.reusing(program.reuse_row, corrects=False))
-    with torch.no_grad():
-        again = reusing.run(reusing.feed(traced.inputs, cuts))
-
     assert REUSE in reusing.spec.row
     assert (
         torch.equal(made[0], call(tiny.model, tiny.inputs)) or distance(made[0], call(tiny.model, tiny.inputs)) < 1e-6

@@ -71,6 +71,24 @@ def test_an_operator_from_outside_torch_is_heavy() -> None:
     assert traced_flops(lambda x: opaque(x) + x, noise(4, 8)) >= 2 * 32
 
 
+def test_a_fused_encoder_layer_costs_its_products() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True).eval()
+    width, tokens, hidden = 8, 6, 32
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x, src_mask=mask)
+
+    counted = total_flops(trace(Masked(), noise(1, tokens, width)).gm)
+
+    assert counted == 2 * tokens * (4 * width * width + 2 * width * hidden) + 4 * tokens * tokens * width
+
+
 def test_attention_is_told_from_other_products() -> None:
     nodes = [node for node in trace(toy(1), *toy_inputs()).gm.graph.nodes if node_flops(node)]
 

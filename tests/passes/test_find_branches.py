@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import omnifx
 from omnifx.errors import ConfigError, PassError
 from omnifx.graph import Branch, analysis_of, dead_without, graph_text, node_named
 from omnifx.passes.find_branches import FindBranches
+from tests.thirdparty.parallel import SingleStreamBlock
+from tests.thirdparty.variants import fused_gate, norm_modulate, rms_norm
 from tests.toys import TINY, Attention, Mlp, Traced, gated, lively, noise, toy, toy_inputs, trace
 
 DIT = ["self_attention", "mlp"]
@@ -312,6 +315,16 @@ def test_attention_and_mlp_fused_are_one_parallel_branch(function: Callable[...,
     assert (branch.kind, len(branch.cuts)) == ("parallel", 1)
 
 
+def test_hidden_values_beside_attention_make_a_branch_parallel_though_one_product_makes_both() -> None:
+    traced = found(lambda m, x, t: m.block(x, m.time(t[:, None].expand(1, 16))), time=linear(), block=single_stream())
+
+    assert traced.kinds == ["parallel"]
+
+
+def single_stream() -> SingleStreamBlock:
+    return SingleStreamBlock(16, 2)
+
+
 def test_a_residual_convolution_is_a_branch() -> None:
     traced = found(lambda m, x, t: x + m.c(F.silu(x)), x=noise(1, 4, 8, 8), c=nn.Conv2d(4, 4, 3, padding=1))
 
@@ -379,6 +392,102 @@ def test_a_branch_far_smaller_than_the_others_is_left_alone() -> None:
 
     assert [branch.cacheable for branch in branches] == [True, True, False]
     assert "of the median branch" in branches[-1].reason
+
+
+# -- operators from outside torch --------------------------------------------------------------------------------------
+
+
+def gain(model: nn.Module, t: Tensor) -> Tensor:
+    return model.time(t[:, None].expand(1, 16))
+
+
+@pytest.mark.parametrize(
+    ("tail", "computed"),
+    [
+        (lambda m, y, t: fused_gate(y, gain(m, t)), ["gate"]),
+        (lambda m, y, t: rms_norm(fused_gate(y, gain(m, t))), ["gate", "rms_norm"]),
+        (lambda m, y, t: torch.tanh(norm_modulate(y, gain(m, t), gain(m, t))), ["norm_modulate"]),
+        (lambda m, y, t: rms_norm(y) * gain(m, t)[:, None], []),
+        (lambda m, y, t: rms_norm(y @ torch.diag_embed(gain(m, t))), ["rms_norm"]),
+    ],
+    ids=["gate", "norm_behind_gate", "modulated_norm", "norm_before_gate", "gate_by_a_product"],
+)
+def test_a_foreign_operator_that_joins_the_timestep_behind_a_branch_is_computed_at_every_step(
+    tail: Callable[..., Any], computed: list[str]
+) -> None:
+    traced = found(
+        lambda m, x, t: x + tail(m, m.ff(m.norm(x)), t), time=linear(), ff=Mlp(16, 64), norm=nn.LayerNorm(16)
+    )
+
+    branch = only(traced)
+
+    dead = dead_without(node_named(traced.gm, cut) for cut in branch.cuts)
+    foreign = [node for node in traced.gm.graph.nodes if "omnifx_tests" in str(node.target)]
+    assert (branch.kind, branch.cacheable) == ("mlp", True)
+    assert [str(node.target).split(".")[1] for node in foreign if node not in dead] == computed
+
+
+def test_attention_to_what_follows_from_the_timestep_is_cached_behind_its_projection() -> None:
+    def block(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        tokens = gain(m, t).unflatten(-1, (4, 4)) @ m.tokens  # keys and values that change with the timestep
+        scores = (m.q(x) @ tokens.transpose(1, 2)).softmax(-1)
+        return x + m.out(scores @ tokens)
+
+    tokens = nn.Linear(16, 4, bias=False).weight
+    model = Model(block, time=linear(), q=linear(), out=linear())
+    model.tokens = tokens
+    traced = trace(lively(model), noise(1, 16, 16), torch.tensor([0.5]))
+
+    branch = only(traced)
+
+    assert (branch.kind, branch.cacheable, len(branch.heavy)) == ("cross_attention", True, 4)
+
+
+def test_a_modulated_norm_by_a_foreign_operator_is_part_of_its_branch_and_no_attention() -> None:
+    def block(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        return x + m.ff(norm_modulate(x, gain(m, t), gain(m, t)))
+
+    branch = only(found(block, time=linear(), ff=Mlp(16, 64)))
+
+    assert (branch.kind, branch.cacheable, "norm_modulate" in branch.heavy) == ("mlp", True, True)
+
+
+def test_a_foreign_projection_behind_attention_is_cached_whatever_was_joined_before_attention() -> None:
+    """Rotary positions from an input and quantised products, both by custom operators."""
+
+    def block(m: Any, x: Tensor, t: Tensor, turns: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 8)) for layer in (m.q, m.k, m.v))
+        q, k = (fused_gate(u.flatten(2), turns).unflatten(-1, (2, 8)) for u in (q, k))
+        out = F.scaled_dot_product_attention(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2).flatten(2)
+        return x + rms_norm(out)
+
+    layers = {name: linear() for name in "qkv"}
+    branch = only(found(block, extra=(noise(1, 16, seed=3),), **layers))
+
+    assert (branch.kind, branch.cacheable) == ("self_attention", True)
+    assert branch.heavy[-1] == "rms_norm"
+
+
+def test_a_branch_that_is_one_foreign_operator_with_the_timestep_in_it_is_refused() -> None:
+    traced = found(lambda m, x, t: m.out(x + fused_gate(x, gain(m, t))), time=linear(), out=linear())
+
+    branch = only(traced)
+
+    assert not branch.cacheable
+    assert "no single tensor separates it from the trunk before a value that changes with the step" in branch.reason
+
+
+def test_among_inputs_like_the_output_the_earliest_argument_is_the_latents() -> None:
+    def conditioned(m: Any, x: Tensor, t: Tensor, picture: Tensor) -> Tensor:
+        y = m.enter(picture) + m.join(x)  # Dynamo sees the picture first
+        return y + m.ff(y)
+
+    model = lively(Model(conditioned, enter=linear(), join=linear(), ff=Mlp(16, 64)))
+
+    report = omnifx.explain(model, noise(1, 16, 16), torch.tensor([0.5]), noise(1, 16, 16, seed=1))
+
+    assert list(report.inputs.values()).count("latents") == 1
+    assert report.inputs["args_0"] == "latents"
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
