@@ -99,6 +99,7 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
     """Tell the inputs apart from shapes: the latents are the floating-point input most like the output.
 
     Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements.
+    Where a model returns more than one sample (video and audio), inputs shaped like the others are further latents.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fixed = frozenset(static)
@@ -118,10 +119,22 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
         likeness = (int(same and common == value.dim()), common, numel(value), -i)
         candidates.append((likeness, i))
     latents = max(candidates)[1] if candidates else None
+    further = {
+        i
+        for output in outputs
+        if output is not target
+        for _, i in candidates
+        if i != latents and [*map(hint, placeholders[i].meta["val"].shape)] == [*map(hint, output.shape)]
+    }
     rest = [i for i in others if i != latents]
-    small = tuple(i for i in rest if numel(placeholders[i].meta.get("val")) <= SMALL and _is_flat(placeholders[i]))
+    small = tuple(
+        i
+        for i in rest
+        if i not in further and numel(placeholders[i].meta.get("val")) <= SMALL and _is_flat(placeholders[i])
+    )
     return Inputs(
         latents=latents,
+        further_latents=tuple(sorted(further)),
         small=small,
         large=tuple(i for i in rest if i not in small),
         static=tuple(sorted(fixed)),
@@ -135,6 +148,12 @@ def _is_flat(placeholder: fx.Node) -> bool:
     return not isinstance(value, torch.Tensor) or (
         sum(hint(s) > 1 for s in value.shape) <= 2 and not (value.is_floating_point() and value.dim() > 2)
     )
+
+
+def _is_mask(placeholder: fx.Node) -> bool:
+    """Whether an input holds truth values, which no timestep does."""
+    value = placeholder.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 @dataclass
@@ -196,7 +215,8 @@ class _Finder:
         candidates = self._drop_composites(self._residual_adds())
         self._find_cuts(candidates)
         groups = self._group(candidates)
-        branches = self._name([self._branch(group) for group in groups])
+        together = self._dead(c for group in groups for c in group)
+        branches = self._name([self._branch(group, together) for group in groups])
         cuts = [self._node(name) for branch in branches if branch.cacheable for name in branch.cuts]
         total = sum(self.flops)
         saved = sum(self.flops[self.sets.index[node]] for node in dead_without(cuts))
@@ -327,14 +347,24 @@ class _Finder:
             groups[shared[c.add]].append(c)
         return sorted(groups.values(), key=lambda group: group[0].add)
 
-    def _branch(self, group: list[_Candidate]) -> Branch:
+    def _dead(self, candidates: Iterable[_Candidate]) -> set[int]:
+        """What nothing needs once the cuts of these additions are read."""
+        cuts = {v for c in candidates for v in c.cuts}
+        return {self.sets.index[node] for node in dead_without(self.nodes[v] for v in cuts)}
+
+    def _branch(self, group: list[_Candidate], together: set[int]) -> Branch:
+        """The branch of a group of additions; `together` is what dies when all branches are reused.
+
+        A product that only other branches use as well (keys and values that two attentions share) does not keep the
+        branch from being cached, but dies only with the last of them.
+        """
         own = sorted({h for c in group for h in c.own})
         cuts = sorted({v for c in group for v in c.cuts})
-        dead = {self.sets.index[node] for node in dead_without(self.nodes[v] for v in cuts)}
+        dead = self._dead(group)
         reason = ""
         if any(not c.cuts for c in group):
             reason = "no single tensor separates it from the trunk before a value that changes with the step joins"
-        elif alive := [self.nodes[h].name for h in own if h not in dead]:
+        elif alive := [self.nodes[h].name for h in own if h not in together]:
             reason = f"{alive[0]} is also used outside the branch, so reuse would not free it"
         dependence = self._dependence(group)
         if not reason and dependence == "timestep":
@@ -349,7 +379,7 @@ class _Finder:
             dependence=dependence,
             module_path=path,
             adds=tuple(self.nodes[c.add].name for c in group),
-            heavy=tuple(self.nodes[h].name for h in own),
+            heavy=tuple(self.nodes[h].name for h in own if reason or h in dead),
             cuts=tuple(self.nodes[v].name for v in cuts),
             flops=freed if cuts else self._cost(own),
             cache_bytes=sum(num_bytes(self.nodes[v].meta["val"]) for v in cuts),
@@ -362,9 +392,10 @@ class _Finder:
         ancestors = 0
         for c in group:
             ancestors |= self.sets.ancestors[c.side]
-        if self.inputs.latents is None or ancestors >> self.sets.index[placeholders[self.inputs.latents]] & 1:
+        reached = {i for i, node in enumerate(placeholders) if ancestors >> self.sets.index[node] & 1}
+        if self.inputs.latents is None or reached & {self.inputs.latents, *self.inputs.further_latents}:
             return "latent"
-        if any(ancestors >> self.sets.index[placeholders[i]] & 1 for i in self.inputs.small):
+        if any(not _is_mask(placeholders[i]) for i in reached.intersection(self.inputs.small)):
             return "timestep"
         return "invariant"
 
@@ -385,8 +416,7 @@ class _Finder:
             sees_itself |= not foreign and is_attention(self.nodes[h])
         if not mixing:
             return "conv" if all(_packet(self.nodes[h]) is aten.convolution for h in own) else "mlp"
-        aside = [h for h in own if not any((sets.ancestors[m] | sets.descendants[m]) >> h & 1 for m in mixing)]
-        if self._cost(aside) >= 0.25 * self._cost(own):
+        if self._runs_beside(group, own, mixing):
             return "parallel"
         roots = [c.trunk for c in group]
         if any(
@@ -396,6 +426,33 @@ class _Finder:
         if crosses:
             return "cross_attention+self_attention" if sees_itself else "cross_attention"
         return "self_attention"
+
+    def _runs_beside(self, group: list[_Candidate], own: list[int], mixing: list[int]) -> bool:
+        """Whether products that bypass the mixing operators are added to, or concatenated with, what those made.
+
+        One that is multiplied with it is a gate, and part of the attention. A concatenation may also join parts of one
+        product that feeds both sides (the fused projections of Flux 2).
+        """
+        sets = self.sets
+        products = sum(1 << h for h in own)
+        region = before = after = 0
+        for c in group:
+            region |= c.region
+        for m in mixing:
+            before |= sets.ancestors[m]
+            after |= sets.descendants[m]
+        for i in sets.members(region & after & ~self.heavy):
+            packet = _packet(self.nodes[i])
+            if packet is aten.cat:
+                aside = products
+            elif packet in ADDITIONS:
+                aside = products & ~before
+            else:
+                continue
+            operands = [sets.index[parent] for parent in self.nodes[i].all_input_nodes]
+            if any(not after >> p & 1 and self.light_ancestors[p] & aside for p in operands):
+                return True
+        return False
 
     def _mixed_operands(self, node: fx.Node) -> list[fx.Node]:
         """Floating-point operands that depend on data; those of attention without its mask."""
