@@ -57,6 +57,12 @@ STRUCTURAL = {
 }  # fmt: skip
 """Operators that move values and may change how many there are: a trunk path may cross them."""
 
+MOVES = {
+    aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze,
+    aten.expand, aten.clone, aten.alias, aten._to_copy,
+}  # fmt: skip
+"""Operators that give the same values in another layout or type."""
+
 SMALL = 4096
 """Inputs of at most this many elements (and never the latents) count as small: timesteps, labels, scales."""
 
@@ -150,10 +156,17 @@ def _is_flat(placeholder: fx.Node) -> bool:
     )
 
 
-def _is_mask(placeholder: fx.Node) -> bool:
-    """Whether an input holds truth values, which no timestep does."""
+def _may_be_time(placeholder: fx.Node, latents: fx.Node) -> bool:
+    """Whether a small input may be a timestep: one value for all, for each sample, or for each token of each sample.
+
+    Masks of truth values and positions of tokens are none.
+    """
     value = placeholder.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return not isinstance(value, torch.Tensor) or value.dtype != torch.bool
+    batch, *axes = map(hint, value.shape)
+    of_samples = batch in (1, hint(latents.meta["val"].shape[0]))
+    return value.dtype != torch.bool and of_samples and sum(size > 1 for size in axes) <= 1
 
 
 @dataclass
@@ -366,6 +379,8 @@ class _Finder:
             reason = "no single tensor separates it from the trunk before a value that changes with the step joins"
         elif alive := [self.nodes[h].name for h in own if h not in together]:
             reason = f"{alive[0]} is also used outside the branch, so reuse would not free it"
+        elif self._is_affine(group, own):
+            reason = f"{self.nodes[own[0]].name} alone is no attention or MLP, but an affine map of the trunk"
         dependence = self._dependence(group)
         if not reason and dependence == "timestep":
             reason = (
@@ -387,6 +402,15 @@ class _Finder:
             reason=reason,
         )
 
+    def _is_affine(self, group: list[_Candidate], own: list[int]) -> bool:
+        """Whether a branch is one product and nothing else, as in ``x + conv(x)`` at the ends of a trunk."""
+        if len(group) > 1 or len(own) > 1:
+            return False
+        return (
+            all(_packet(self.nodes[i]) in MOVES or i == own[0] for i in self.sets.members(group[0].region))
+            and len(self._mixed_operands(self.nodes[own[0]])) == 1
+        )
+
     def _dependence(self, group: list[_Candidate]) -> str:
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         ancestors = 0
@@ -395,7 +419,8 @@ class _Finder:
         reached = {i for i, node in enumerate(placeholders) if ancestors >> self.sets.index[node] & 1}
         if self.inputs.latents is None or reached & {self.inputs.latents, *self.inputs.further_latents}:
             return "latent"
-        if any(not _is_mask(placeholders[i]) for i in reached.intersection(self.inputs.small)):
+        latents = placeholders[self.inputs.latents]
+        if any(_may_be_time(placeholders[i], latents) for i in reached.intersection(self.inputs.small)):
             return "timestep"
         return "invariant"
 
