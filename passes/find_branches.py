@@ -149,11 +149,15 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
 
 
 def _is_flat(placeholder: fx.Node) -> bool:
-    """Whether an input has at most two axes longer than 1, as timesteps per sample or per token have."""
+    """Whether an input has at most two axes longer than 1, as timesteps per sample and per token or frame have.
+
+    Of floating-point inputs with three axes or more, one of the two is the batch: [1, tokens, width] is a text.
+    """
     value = placeholder.meta.get("val")
-    return not isinstance(value, torch.Tensor) or (
-        sum(hint(s) > 1 for s in value.shape) <= 2 and not (value.is_floating_point() and value.dim() > 2)
-    )
+    if not isinstance(value, torch.Tensor):
+        return True
+    batch, rest = [hint(size) > 1 for size in value.shape[:1]], [hint(size) > 1 for size in value.shape[1:]]
+    return sum(batch + rest) <= 2 and not (value.is_floating_point() and value.dim() > 2 and sum(rest) > 1)
 
 
 def _may_be_time(placeholder: fx.Node, latents: fx.Node) -> bool:

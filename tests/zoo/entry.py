@@ -17,8 +17,8 @@ from tests.reuse import noise
 Inputs = dict[str, Any]
 
 USUAL = (
-    r"(?:.*\.)?\d+\.(?:block\.)?"
-    r"(?:(?:self_|cross_|audio_|audio_to_video_|video_to_audio_)?attn[12]?|(?:self_|cross_)?attention"
+    r"(?:.*\.)?\d+\.(?:\w*block\.)?"
+    r"(?:(?:self_|cross_|audio_|audio_to_video_|video_to_audio_)?attn[12]?|(?:self_|(?:av_|va_)?cross_)?attention"
     r"|(?:audio_|txt_)?ff|ff_context|ffn|feed_forward|(?:img_|txt_)?mlp|mlp_moe_gen)"
     r"|single_transformer_blocks\.\d+\.proj_out"
 )
@@ -108,5 +108,7 @@ class Entry:
     def make(self) -> Tiny:
         """The model with random weights that matter everywhere, and its inputs."""
         model: nn.Module = lively(getattr(diffusers, self.cls)(**self.config))
-        modules = tuple(name for name, _ in model.named_modules() if re.fullmatch(self.modules, name))
+        names = [name for name, _ in model.named_modules() if re.fullmatch(self.modules, name)]
+        ends = {name.removesuffix(".proj_out") for name in names if name.endswith(".proj_out")}
+        modules = tuple(name for name in names if name.rpartition(".")[0] not in ends or name.endswith(".proj_out"))
         return Tiny(model, self.inputs(), modules, self.latents, self.times)

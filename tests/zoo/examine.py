@@ -138,7 +138,7 @@ def counted(words: Iterable[str]) -> str:
 def examined(names: Sequence[str], *, jobs: int = 1) -> Iterator[Found]:
     """Examine entries by name, in order, each in a process of its own, as Dynamo forgets no model entirely."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tests.zoo.models"])
+    context.set_forkserver_preload(["tests.zoo.warm"])
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         yield from pool.map(_examine_named, names)
 
