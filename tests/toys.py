@@ -29,7 +29,16 @@ from tests.reuse import EAGER, Pattern, Reference, distance, letters_of, noise
 from tests.zoo.entry import Tiny
 from tests.zoo.models import ZOO
 
-__all__ = ["EAGER", "Pattern", "Reference", "Tiny", "distance", "letters_of", "lively", "noise"]  # told on
+__all__ = [
+    "EAGER",
+    "Pattern",
+    "Reference",
+    "Tiny",
+    "distance",
+    "letters_of",
+    "lively",
+    "noise",
+]  # what tests import from here
 
 # -- the toy -----------------------------------------------------------------------------------------------------------
 

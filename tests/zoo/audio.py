@@ -49,6 +49,8 @@ AUDIO = (
         },
         modules=r"transformer_blocks\.\d+\.(?:attn|ff_out)",
         branches="2 conv, 2 mlp, 2 self_attention", dependence="6 latent", left_alone=2, left=0.198,
+        note="The 1x1 convolutions at both ends of the trunk are affine maps, neither attention nor MLP: "
+        "computed each step.",
     ),
     Entry(
         name="StableAudio3DiTModel",
@@ -62,7 +64,10 @@ AUDIO = (
             "encoder_hidden_states": noise(2, 4, 16, seed=1), "global_hidden_states": noise(2, 12, seed=2),
             "return_dict": False,
         },
-        branches="2 conv, 2 cross_attention, 2 mlp, 2 self_attention", dependence="8 latent", left_alone=2, left=0.036,
+        branches="2 conv, 2 cross_attention, 2 mlp, 2 self_attention", dependence="8 latent", left_alone=2,
+        left=0.036,
+        note="The 1x1 convolutions at both ends of the trunk are affine maps, neither attention nor MLP: "
+        "computed each step.",
     ),
     Entry(
         name="StableAudioDiTModel",
@@ -76,6 +81,24 @@ AUDIO = (
             "encoder_hidden_states": noise(2, 6, 8, seed=1), "global_hidden_states": noise(2, 1, 8, seed=2),
             "rotary_embedding": (noise(17, 4, seed=3), noise(17, 4, seed=4)), "return_dict": False,
         },
-        branches="2 conv, 2 cross_attention, 2 mlp, 2 self_attention", dependence="8 latent", left_alone=2, left=0.009,
+        branches="2 conv, 2 cross_attention, 2 mlp, 2 self_attention", dependence="8 latent", left_alone=2,
+        left=0.009,
+        note="The 1x1 convolutions at both ends of the trunk are affine maps, neither attention nor MLP: "
+        "computed each step.",
+    ),
+    Entry(
+        name="T5FilmDecoder",
+        config={
+            "input_dims": 8, "targets_length": 16, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8,
+            "d_ff": 32,
+        },
+        inputs=lambda: {
+            "encodings_and_masks": [(noise(1, 6, 16), torch.ones(1, 6))],
+            "decoder_input_tokens": noise(1, 16, 8, seed=1), "decoder_noise_time": torch.full((1,), 0.5),
+        },
+        latents=("decoder_input_tokens",),
+        times=("decoder_noise_time",),
+        modules=r"decoders\.\d+\.layer\.\d+\.(?:attention|DenseReluDense)",
+        branches="2 cross_attention, 2 mlp, 2 self_attention", dependence="6 latent", left=0.1,
     ),
 )

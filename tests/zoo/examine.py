@@ -69,7 +69,7 @@ class Found:
     followed_error: float
     """Of that generation, against the reference."""
     recompilations: int
-    """Graphs captured after the first step."""
+    """Graphs captured after the first step, and variants compiled after planning."""
 
     @property
     def branches(self) -> str:
@@ -171,7 +171,8 @@ def examine(tiny: Tiny) -> Found:
                     measured.append(tensors_of(compiled(**step)))
                     graphs.append(counters["stats"]["unique_graphs"])
         session = find_session(compiled)
-        followed = letters_of(session.stats().generations[-1])
+        stats = session.stats()
+        followed, recompilations = letters_of(stats.generations[-1]), stats.recompilations
 
         inner = {id(module) for module in tiny.model.modules()}
         sessions = [
@@ -191,7 +192,7 @@ def examine(tiny: Tiny) -> Found:
             moved=worst(expected[1], plain[1]),
             followed=followed,
             followed_error=max(map(worst, measured[len(steps) :], expected)),
-            recompilations=graphs[-1] - graphs[0],
+            recompilations=graphs[-1] - graphs[0] + recompilations,
         )
 
 

@@ -115,6 +115,7 @@ IMAGE = (
             "target_size": torch.full((2, 2), 64), "crop_coords": torch.full((2, 2), 0), "return_dict": False,
         },
         branches="1 joint_attention, 3 mlp, 1 self_attention", dependence="5 latent", left=0.066,
+        note="The last block's text output is not used: its feed-forward is no branch.",
     ),
     Entry(
         name="ErnieImageTransformer2DModel",
@@ -171,6 +172,8 @@ IMAGE = (
             "return_dict": False,
         },
         graphs=2, branches="1 joint_attention, 3 mlp, 1 self_attention", dependence="5 latent", left=0.111,
+        in_full="Graph break: prior tokens are dropped by a mask.",
+        note="The last block's text output is not used: its feed-forward is no branch.",
     ),
     Entry(
         name="HiDreamImageTransformer2DModel",
@@ -187,6 +190,8 @@ IMAGE = (
         },
         times=("timesteps",),
         graphs=37, branches="2 joint_attention, 2 self_attention", dependence="4 latent", left=0.766,
+        in_full="Graph breaks: experts get as many tokens as they are given.",
+        note="The feed-forwards lie across breaks: computed each step.",
     ),
     Entry(
         name="HunyuanDiT2DModel",
@@ -280,6 +285,7 @@ IMAGE = (
             "return_dict": False,
         },
         graphs=4, branches="4 mlp, 4 self_attention", dependence="2 invariant, 6 latent", left=0.028,
+        in_full="Graph breaks: text lengths are read as Python numbers.",
     ),
     Entry(
         name="NucleusMoEImageTransformer2DModel",
@@ -309,6 +315,7 @@ IMAGE = (
             "position_ids": torch.arange(41).repeat(2, 1), "return_dict": False,
         },
         graphs=4, branches="3 mlp, 3 self_attention", dependence="6 latent", left=0.023,
+        in_full="Graph break: the code branches on tensor values.",
     ),
     Entry(
         name="OvisImageTransformer2DModel",
@@ -347,6 +354,7 @@ IMAGE = (
             "img_shapes": [(1, 4, 4)], "return_dict": False,
         },
         branches="1 joint_attention, 3 mlp, 1 self_attention", dependence="5 latent", left=0.046,
+        note="The last block's text output is not used: its feed-forward is no branch.",
     ),
     Entry(
         name="SanaTransformer2DModel",
@@ -419,6 +427,7 @@ IMAGE = (
         },
         graphs=10, branches="2 joint_attention, 5 mlp, 2 parallel, 1 self_attention", dependence="10 latent",
         left=0.815,
+        in_full="Graph breaks: text tokens are picked by a mask.",
     ),
     Entry(
         name="Flux3Transformer2DModel",
@@ -445,6 +454,7 @@ IMAGE = (
         },
         times=(),
         branches="2 cross_attention, 2 mlp, 2 self_attention", dependence="6 latent", left=0.043,
+        in_full="No timestep reaches the graph, so its steps cannot be told apart.",
     ),
     Entry(
         name="HunyuanDiT2DModel/skips",
@@ -475,7 +485,8 @@ IMAGE = (
             "timestep": torch.full((1,), 0.5), "img_shapes": [[(1, 4, 4)]],
             "img_mask": torch.tensor([[False] * 6 + [True] * 4]), "return_dict": False,
         },
-        branches="", dependence="", left=0.0,
+        graphs=7, branches="2 mlp, 2 self_attention", dependence="4 latent", left=0.085,
+        in_full="Graph breaks: token counts are read as Python numbers.",
     ),
     Entry(
         name="BriaFibo2Transformer2DModel",
@@ -489,7 +500,7 @@ IMAGE = (
             "hidden_states": noise(1, 4, 16, 16), "timestep": torch.full((1,), 0.5),
             "encoder_hidden_states": noise(1, 2, 6, 24, seed=1), "return_dict": False,
         },
-        branches="", dependence="", left=0.0,
+        branches="1 cross_attention, 4 mlp, 4 self_attention", dependence="2 invariant, 7 latent", left=0.179,
     ),
     Entry(
         name="PriorTransformer",
@@ -501,7 +512,7 @@ IMAGE = (
             "hidden_states": noise(2, 8), "timestep": torch.full((2,), 500), "proj_embedding": noise(2, 8, seed=1),
             "encoder_hidden_states": noise(2, 7, 8, seed=2), "return_dict": False,
         },
-        branches="", dependence="", left=0.0,
+        branches="2 mlp, 2 self_attention", dependence="4 latent", left=0.023,
     ),
     Entry(
         name="DreamLiteTransformer2DModel",
@@ -514,6 +525,7 @@ IMAGE = (
             "return_dict": False,
         },
         times=(),
-        branches="", dependence="", left=0.0,
+        branches="2 cross_attention, 2 mlp, 2 self_attention", dependence="6 latent", left=0.043,
+        in_full="No timestep reaches the graph, so its steps cannot be told apart.",
     ),
 )
