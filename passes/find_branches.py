@@ -59,9 +59,12 @@ STRUCTURAL = {
 
 MOVES = {
     aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze,
-    aten.expand, aten.clone, aten.alias, aten._to_copy,
+    aten.expand, aten.clone, aten.alias, aten._to_copy, torch.ops.prims.convert_element_type,
 }  # fmt: skip
 """Operators that give the same values in another layout or type."""
+
+AFFINE = {aten.add, aten.sub, aten.mul, aten.div}
+"""Operators that are affine in one operand, if the others are parameters: biases and scales."""
 
 SMALL = 4096
 """Inputs of at most this many elements (and never the latents) count as small: timesteps, labels, scales."""
@@ -410,9 +413,10 @@ class _Finder:
         """Whether a branch is one product and nothing else, as in ``x + conv(x)`` at the ends of a trunk."""
         if len(group) > 1 or len(own) > 1:
             return False
-        return (
-            all(_packet(self.nodes[i]) in MOVES or i == own[0] for i in self.sets.members(group[0].region))
-            and len(self._mixed_operands(self.nodes[own[0]])) == 1
+        return all(
+            len(self._mixed_operands(self.nodes[i])) == 1
+            and (i == own[0] or _packet(self.nodes[i]) in MOVES or _packet(self.nodes[i]) in AFFINE)
+            for i in self.sets.members(group[0].region)
         )
 
     def _dependence(self, group: list[_Candidate]) -> str:

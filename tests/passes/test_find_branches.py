@@ -349,11 +349,20 @@ def test_a_gate_on_the_attention_is_part_of_it() -> None:
     assert only(traced).kind == "self_attention"
 
 
-def test_a_product_and_nothing_else_is_left_alone() -> None:
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda m, x: m.affine(x),
+        lambda m, x: F.linear(x, m.affine.weight) * 0.5 + m.affine.bias,
+        lambda m, x: (x.transpose(1, 2).float().transpose(1, 2).double() @ m.affine.weight.double()).float(),
+    ],
+    ids=["linear", "scale_and_bias", "layout_and_type"],
+)
+def test_a_product_and_nothing_else_is_left_alone(product: Callable[[Any, Tensor], Tensor]) -> None:
     """StableAudio: x + conv(x) at both ends of the trunk is a linear layer of the trunk, however much it costs."""
 
     def ends(m: Any, x: Tensor, t: Tensor) -> Tensor:
-        x = x + m.affine(x)
+        x = x + product(m, x)
         return x + m.ff(x)
 
     affine, mlp = found(ends, affine=linear(), ff=Mlp(16, 16)).analysis.branches
