@@ -99,6 +99,6 @@ AUDIO = (
         latents=("decoder_input_tokens",),
         times=("decoder_noise_time",),
         modules=r"decoders\.\d+\.layer\.\d+\.(?:attention|DenseReluDense)",
-        branches="2 cross_attention, 2 mlp, 2 self_attention", dependence="6 latent", left=0.1,
+        branches="2 cross_attention, 2 mlp, 2 self_attention", dependence="6 latent", left=0.028,
     ),
 )
