@@ -17,7 +17,7 @@ PACKAGES := omnifx passes backends
 SOURCES := $(shell find $(PACKAGES) -name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name '*.j2' -o -name py.typed \) -print)
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test test-slow check format lint typecheck examples pages wheel wheel-venv clean clean-venv preflight
+.PHONY: help demo test test-slow zoo check format lint typecheck examples pages wheel wheel-venv clean clean-venv preflight
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -30,6 +30,9 @@ test: .venv/.installed ## the fast tests; one file: make test PYTEST_ARGS=tests/
 
 test-slow: .venv/.installed ## the tests on real models
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+zoo: .venv/.installed ## examine every transformer of diffusers and print the table of docs/models.md; ZOO_ARGS="--shard 1/4"
+	$(BIN)/python -m tests.zoo --jobs 2 --check $(ZOO_ARGS)
 
 check: lint typecheck test examples ## what CI runs, but for the look at the installed wheel
 

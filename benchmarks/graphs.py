@@ -52,6 +52,7 @@ from torch.profiler import ProfilerActivity, profile
 import omnifx
 from benchmarks import models
 from benchmarks.results import save, table
+from omnifx.example_inputs import lively
 from omnifx.plan import REUSE, Correction, Plan
 from omnifx.policies.omnicache import OmniCache
 from omnifx.policy import Policy
@@ -110,7 +111,7 @@ def flux() -> Case:
     def inputs(seed: int) -> dict[str, Any]:
         return {"hidden_states": models.noise((1, num_tokens, num_channels), seed), **constant}
 
-    return Case(models.lively(module), inputs, time_scale=1e-3)
+    return Case(lively(module), inputs, time_scale=1e-3)
 
 
 def dit() -> Case:

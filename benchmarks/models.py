@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnifx.example_inputs import lively
+
 
 @dataclass(frozen=True)
 class Case:
@@ -85,23 +87,6 @@ CASES: dict[str, Callable[..., Case]] = {"pixart": pixart, "dit": dit}
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Latents of a seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights that matter everywhere: default initialisation zeroes the gates, and a wrong cache could not be
-    seen."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() >= 2:
-            values = values / math.sqrt(parameter[0].numel())
-        elif "norm" in name and "weight" in name:
-            values = 1.0 + 0.2 * values
-        else:
-            values = 0.3 * values
-        parameter.copy_(values)
-    return model.eval()
 
 
 def timesteps(steps: int) -> list[int]:

@@ -35,6 +35,7 @@ class Inputs:
 
     `latents` is what the sampler moves, `small` inputs (timesteps, labels, scales) are read by the clock at every call,
     `large` ones (text, masks, position tables) are watched for change, `static` ones are parameters and buffers.
+    `further_latents`, which are among the large ones, move as well: the audio of a model of video and audio.
     """
 
     latents: int | None
@@ -42,6 +43,7 @@ class Inputs:
     large: tuple[int, ...]
     static: tuple[int, ...]
     names: tuple[str, ...]
+    further_latents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -355,7 +355,7 @@ def report_of(
         for i in (*([roles.latents] if roles.latents is not None else []), *roles.small, *roles.large):
             role = (
                 "latents"
-                if i == roles.latents
+                if i == roles.latents or i in roles.further_latents
                 else ("small, read at every call" if i in roles.small else "watched for change")
             )
             inputs[label[i]] = role

@@ -62,6 +62,15 @@ STRUCTURAL = {
 }  # fmt: skip
 """Operators that move values and may change how many there are: a trunk path may cross them."""
 
+MOVES = {
+    aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze,
+    aten.expand, aten.clone, aten.alias, aten._to_copy, torch.ops.prims.convert_element_type,
+}  # fmt: skip
+"""Operators that give the same values in another layout or type."""
+
+AFFINE = {aten.add, aten.sub, aten.mul, aten.div}
+"""Operators that are affine in one operand, if the others are parameters: biases and scales."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FindBranches(Pass):
@@ -102,6 +111,7 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
 
     Most alike: the same shape; else the most axes (batch first, last ones next) in common; else the most elements.
     Among equals (a picture to condition on, say) it is the earliest argument of the model's forward.
+    Where a model returns more than one sample (video and audio), inputs shaped like the others are further latents.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fixed = frozenset(static)
@@ -121,10 +131,22 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
         likeness = (int(same and common == value.dim()), common, numel(value), -node.meta.get(ARGUMENT, 0), -i)
         candidates.append((likeness, i))
     latents = max(candidates)[1] if candidates else None
+    further = {
+        i
+        for output in outputs
+        if output is not target
+        for _, i in candidates
+        if i != latents and [*map(hint, placeholders[i].meta["val"].shape)] == [*map(hint, output.shape)]
+    }
     rest = [i for i in others if i != latents]
-    small = tuple(i for i in rest if numel(placeholders[i].meta.get("val")) <= SMALL and _is_flat(placeholders[i]))
+    small = tuple(
+        i
+        for i in rest
+        if i not in further and numel(placeholders[i].meta.get("val")) <= SMALL and _is_flat(placeholders[i])
+    )
     return Inputs(
         latents=latents,
+        further_latents=tuple(sorted(further)),
         small=small,
         large=tuple(i for i in rest if i not in small),
         static=tuple(sorted(fixed)),
@@ -133,11 +155,28 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
 
 
 def _is_flat(placeholder: fx.Node) -> bool:
-    """Whether an input has at most two axes longer than 1, as timesteps per sample or per token have."""
+    """Whether an input has at most two axes longer than 1, as timesteps per sample and per token or frame have.
+
+    Of floating-point inputs with three axes or more, one of the two is the batch: [1, tokens, width] is a text.
+    """
     value = placeholder.meta.get("val")
-    return not isinstance(value, torch.Tensor) or (
-        sum(hint(s) > 1 for s in value.shape) <= 2 and not (value.is_floating_point() and value.dim() > 2)
-    )
+    if not isinstance(value, torch.Tensor):
+        return True
+    batch, rest = [hint(size) > 1 for size in value.shape[:1]], [hint(size) > 1 for size in value.shape[1:]]
+    return sum(batch + rest) <= 2 and not (value.is_floating_point() and value.dim() > 2 and sum(rest) > 1)
+
+
+def _may_be_time(placeholder: fx.Node, latents: fx.Node) -> bool:
+    """Whether a small input may be a timestep: one value for all, for each sample, or for each token of each sample.
+
+    Masks of truth values and positions of tokens are none.
+    """
+    value = placeholder.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return not isinstance(value, torch.Tensor) or value.dtype != torch.bool
+    batch, *axes = map(hint, value.shape)
+    of_samples = batch in (1, hint(latents.meta["val"].shape[0]))
+    return value.dtype != torch.bool and of_samples and sum(size > 1 for size in axes) <= 1
 
 
 @dataclass
@@ -204,7 +243,8 @@ class _Finder:
         candidates = self._drop_composites(self._residual_adds())
         self._find_cuts(candidates)
         groups = self._group(candidates)
-        branches = self._name([self._branch(group) for group in groups])
+        together = self._dead(c for group in groups for c in group)
+        branches = self._name([self._branch(group, together) for group in groups])
         cuts = [self._node(name) for branch in branches if branch.cacheable for name in branch.cuts]
         total = sum(self.flops)
         saved = sum(self.flops[self.sets.index[node]] for node in dead_without(cuts))
@@ -413,15 +453,27 @@ class _Finder:
             groups[shared[c.add]].append(c)
         return sorted(groups.values(), key=lambda group: group[0].add)
 
-    def _branch(self, group: list[_Candidate]) -> Branch:
+    def _dead(self, candidates: Iterable[_Candidate]) -> set[int]:
+        """What nothing needs once the cuts of these additions are read."""
+        cuts = {v for c in candidates for v in c.cuts}
+        return {self.sets.index[node] for node in dead_without(self.nodes[v] for v in cuts)}
+
+    def _branch(self, group: list[_Candidate], together: set[int]) -> Branch:
+        """The branch of a group of additions; `together` is what dies when all branches are reused.
+
+        A product that only other branches use as well (keys and values that two attentions share) does not keep the
+        branch from being cached, but dies only with the last of them.
+        """
         own = sorted({h for c in group for h in c.own})
         cuts = sorted({v for c in group for v in c.cuts})
-        dead = {self.sets.index[node] for node in dead_without(self.nodes[v] for v in cuts)}
+        dead = self._dead(group)
         reason = ""
         if any(not c.cuts for c in group):
             reason = "no single tensor separates it from the trunk before a value that changes with the step joins"
-        elif alive := [self.nodes[h].name for h in own if h not in dead]:
+        elif alive := [self.nodes[h].name for h in own if h not in together]:
             reason = f"{alive[0]} is also used outside the branch, so reuse would not free it"
+        elif self._is_affine(group, own):
+            reason = f"{self.nodes[own[0]].name} alone is no attention or MLP, but an affine map of the trunk"
         dependence = self._dependence(group)
         if not reason and dependence == "timestep":
             reason = (
@@ -435,7 +487,7 @@ class _Finder:
             dependence=dependence,
             module_path=path,
             adds=tuple(self.nodes[c.add].name for c in group),
-            heavy=tuple(self.nodes[h].name for h in own),
+            heavy=tuple(self.nodes[h].name for h in own if reason or h in dead),
             cuts=tuple(self.nodes[v].name for v in cuts),
             flops=freed if cuts else self._cost(own),
             cache_bytes=sum(num_bytes(self.nodes[v].meta["val"]) for v in cuts),
@@ -443,14 +495,26 @@ class _Finder:
             reason=reason,
         )
 
+    def _is_affine(self, group: list[_Candidate], own: list[int]) -> bool:
+        """Whether a branch is one product and nothing else, as in ``x + conv(x)`` at the ends of a trunk."""
+        if len(group) > 1 or len(own) > 1:
+            return False
+        return all(
+            len(self._mixed_operands(self.nodes[i])) == 1
+            and (i == own[0] or _packet(self.nodes[i]) in MOVES or _packet(self.nodes[i]) in AFFINE)
+            for i in self.sets.members(group[0].region)
+        )
+
     def _dependence(self, group: list[_Candidate]) -> str:
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         ancestors = 0
         for c in group:
             ancestors |= self.sets.ancestors[c.side]
-        if self.inputs.latents is None or ancestors >> self.sets.index[placeholders[self.inputs.latents]] & 1:
+        reached = {i for i, node in enumerate(placeholders) if ancestors >> self.sets.index[node] & 1}
+        if self.inputs.latents is None or reached & {self.inputs.latents, *self.inputs.further_latents}:
             return "latent"
-        if any(ancestors >> self.sets.index[placeholders[i]] & 1 for i in self.inputs.small):
+        latents = placeholders[self.inputs.latents]
+        if any(_may_be_time(placeholders[i], latents) for i in reached.intersection(self.inputs.small)):
             return "timestep"
         return "invariant"
 
@@ -472,8 +536,7 @@ class _Finder:
         if not mixing:
             known = [h for h in own if not is_opaque(self.nodes[h])]
             return "conv" if known and all(_packet(self.nodes[h]) is aten.convolution for h in known) else "mlp"
-        aside = [h for h in own if not any((sets.ancestors[m] | sets.descendants[m]) >> h & 1 for m in mixing)]
-        if self._cost(aside) >= 0.25 * self._cost(own) or self._joins_hidden_values(own, mixing):
+        if self._runs_beside(group, own, mixing):
             return "parallel"
         roots = [c.trunk for c in group]
         if any(
@@ -484,25 +547,30 @@ class _Finder:
             return "cross_attention+self_attention" if sees_itself else "cross_attention"
         return "self_attention"
 
-    def _joins_hidden_values(self, own: list[int], mixing: list[int]) -> bool:
-        """Whether values that passed no attention make a quarter or more of the channels that some product reads beside
-        attention's: a fused projection into queries, keys, values and hidden values hides that in its FLOPs."""
-        index, sets = self.sets.index, self.sets
+    def _runs_beside(self, group: list[_Candidate], own: list[int], mixing: list[int]) -> bool:
+        """Whether products that bypass the mixing operators are added to, or concatenated with, what those made.
+
+        One that is multiplied with it is a gate, and part of the attention. A concatenation may also join parts of one
+        product that feeds both sides (the fused projections of Flux 2).
+        """
+        sets = self.sets
         products = sum(1 << h for h in own)
-        mixed = 0
+        region = before = after = 0
+        for c in group:
+            region |= c.region
         for m in mixing:
-            mixed |= sets.descendants[m]
-        for i in sets.members(mixed & ~self.heavy):
-            node = self.nodes[i]
-            if _packet(node) is not aten.cat or not sets.descendants[i] & products:
+            before |= sets.ancestors[m]
+            after |= sets.descendants[m]
+        for i in sets.members(region & after & ~self.heavy):
+            packet = _packet(self.nodes[i])
+            if packet is aten.cat:
+                aside = products
+            elif packet in ADDITIONS:
+                aside = products & ~before
+            else:
                 continue
-            axis, rank = (*node.args[1:2], 0)[0], node.meta["val"].dim()
-            if axis not in (-1, rank - 1):
-                continue
-            beside = [
-                p for p in node.all_input_nodes if not mixed >> index[p] & 1 and sets.ancestors[index[p]] & products
-            ]
-            if 4 * sum(numel(p.meta["val"]) for p in beside) >= numel(node.meta["val"]):
+            operands = [sets.index[parent] for parent in self.nodes[i].all_input_nodes]
+            if any(not after >> p & 1 and self.light_ancestors[p] & aside for p in operands):
                 return True
         return False
 

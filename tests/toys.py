@@ -1,5 +1,6 @@
-"""Toy models for tests: a plain DiT, tiny configurations of real diffusers models, a sampler loop, and an eager
-reference.
+"""Toy models for tests: a plain DiT, some of the zoo's models by short names, a sampler loop, and captured graphs.
+
+What tests of both toys and zoo need comes from `tests.reuse`.
 
 Every parameter is initialised so that every branch matters: with the zero gates of adaLN-zero a wrong cache could not
 be seen.
@@ -7,10 +8,8 @@ be seen.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,38 +21,24 @@ from torch._inductor.compile_fx import compile_fx
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.capture import state_inputs
+from omnifx.example_inputs import lively
 from omnifx.graph import Analysis, analysis_of
 from omnifx.passes.find_branches import FindBranches
-from omnifx.plan import COMPUTE, REUSE, Action, Correction, Plan
-from omnifx.policy import Policy
-from omnifx.profile import Profile
 from omnifx.program import Program
-from omnifx.runlog import GenerationLog
+from tests.reuse import EAGER, Pattern, Reference, distance, letters_of, noise
+from tests.zoo.entry import Tiny
+from tests.zoo.models import ZOO
 
-EAGER = {"lowering": "eager", "profile_cache": False}
-"""Options of most tests: no Inductor, and nothing kept on disk."""
-
-
-@torch.no_grad()
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Re-initialise everything: weights N(0, 1/fan_in), norm weights 1 + 0.2 N, the rest 0.3 N."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() >= 2:
-            values = values / math.sqrt(parameter[0].numel())
-        elif "norm" in name and "weight" in name:
-            values = 1.0 + 0.2 * values
-        else:
-            values = 0.3 * values
-        parameter.copy_(values)
-    return model.eval()
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Normal noise of a seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
+__all__ = [
+    "EAGER",
+    "Pattern",
+    "Reference",
+    "Tiny",
+    "distance",
+    "letters_of",
+    "lively",
+    "noise",
+]  # what tests import from here
 
 # -- the toy -----------------------------------------------------------------------------------------------------------
 
@@ -196,95 +181,6 @@ def generate(model: Callable[..., Any], *, seed: int, steps: int = 6, **kwargs: 
     return last
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pattern(Policy):
-    """Repeat a pattern of rows: F a full step, r a full reuse, a / m reuse of attention / MLP branches alone, c a
-    corrected r."""
-
-    name = "pattern"
-    uses_noise = False
-
-    pattern: str = "Frr"
-    gamma: float = 0.5
-
-    def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
-        letters = [self.pattern[k % len(self.pattern)] for k in range(profile.num_steps)]
-        rows = [tuple(_action(letter, branch.kind) for branch in profile.meta.branches) for letter in letters]
-        corrections = [Correction(gamma=self.gamma) if letter == "c" else None for letter in letters]
-        return Plan.from_rows(profile, rows, policy=self.name, corrections=corrections)
-
-
-def _action(letter: str, kind: str) -> Action:
-    if letter == "F":
-        return COMPUTE
-    reused = {"a": "attention" in kind, "m": kind == "mlp"}.get(letter, True)
-    return REUSE if reused else COMPUTE
-
-
-# -- the reference -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reference:
-    """A plain implementation of reuse with forward hooks: module outputs of earlier steps instead of the modules.
-
-    Each stream (told by the label) has its own step count and its own outputs. `letters` says what each step does, as
-    in `Pattern`; it may be a mapping from label to letters.
-    """
-
-    model: nn.Module
-    letters: str | Mapping[int, str]
-    modules: tuple[str, ...] = ()
-    """Names of the hooked modules; empty: the attention, cross-attention and MLP modules of the toy's blocks."""
-    stream_of: Callable[..., Any] = field(default=lambda x, t, y, *rest: int(y.reshape(-1)[0]))
-
-    def __post_init__(self) -> None:
-        self.steps: dict[Any, int] = defaultdict(int)
-        self.kept: dict[Any, dict[str, Any]] = defaultdict(dict)
-        if not self.modules:
-            ends = (".attn", ".cross", ".mlp")
-            self.modules = tuple(name for name, _ in self.model.named_modules() if name.endswith(ends))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stream = self.stream_of(*args, **kwargs)
-        letters = self.letters if isinstance(self.letters, str) else self.letters[stream]
-        letter = letters[self.steps[stream]]
-        self.steps[stream] += 1
-        kept = self.kept[stream]
-        handles = []
-        for name in self.modules:
-            kind = "mlp" if name.endswith(".mlp") else "attention"
-            hook = _replay(kept, name) if _action(letter, kind) == REUSE else _keep(kept, name)
-            handles.append(self.model.get_submodule(name).register_forward_hook(hook))
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _keep(kept: dict[str, Any], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        kept[name] = output
-
-    return hook
-
-
-def _replay(kept: dict[str, Any], name: str) -> Callable[..., Any]:
-    return lambda module, args, output: kept[name]
-
-
-def letters_of(log: GenerationLog, stream: int = 0) -> str:
-    """What one stream of a generation ran, as a `Reference` takes it: F full, r reuse, m any mixture."""
-    short = {"full": "F", "reuse": "r"}
-    return "".join(short.get(s.variant.split("+")[0], "m") for s in log.steps if s.stream == stream)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """``||a - b|| / ||b||``."""
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-
-
 # -- capture -----------------------------------------------------------------------------------------------------------
 
 
@@ -349,220 +245,16 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
 
 # -- diffusers ---------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Tiny:
-    """A tiny diffusers model and one call of it."""
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    modules: tuple[str, ...]
-    """Attention and feed-forward modules whose outputs a reuse step takes from an earlier one."""
-
-    def next_inputs(self) -> dict[str, Any]:
-        """Another step's call: other latents and timestep, the same conditioning."""
-        x, t = self.inputs["hidden_states"], self.inputs["timestep"]
-        return {**self.inputs, "hidden_states": 0.9 * x + 0.3 * noise(*x.shape, seed=99), "timestep": t * 4 / 5}
-
-
-def _modules(model: nn.Module, *patterns: str) -> tuple[str, ...]:
-    import re
-
-    return tuple(n for n, _ in model.named_modules() if any(re.fullmatch(pattern, n) for pattern in patterns))
-
-
-def tiny_dit() -> Tiny:
-    """DiT: self-attention and MLP, adaLN-zero."""
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, norm_num_groups=8
-    )
-    inputs = {
-        "hidden_states": noise(1, 4, 8, 8),
-        "timestep": torch.tensor([500.0]),
-        "class_labels": torch.tensor([3]),
-        "return_dict": False,
-    }
-    return Tiny(lively(model), inputs, _modules(model, r"transformer_blocks\.\d+\.(attn1|ff)"))
-
-
-def tiny_pixart() -> Tiny:
-    """PixArt: self-attention, cross-attention, MLP; adaLN-single."""
-    from diffusers import PixArtTransformer2DModel
-
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        sample_size=8,
-        caption_channels=24,
-        use_additional_conditions=False,
-    )
-    inputs = {
-        "hidden_states": noise(1, 4, 8, 8),
-        "encoder_hidden_states": noise(1, 6, 24, seed=1),
-        "timestep": torch.tensor([500.0]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "return_dict": False,
-    }
-    return Tiny(lively(model), inputs, _modules(model, r"transformer_blocks\.\d+\.(attn1|attn2|ff)"))
-
-
-def tiny_sd3() -> Tiny:
-    """SD3: joint attention of image and text, an MLP for each; the last block drops the text."""
-    from diffusers import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        caption_projection_dim=32,
-        pooled_projection_dim=20,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-    inputs = {
-        "hidden_states": noise(1, 4, 8, 8),
-        "encoder_hidden_states": noise(1, 6, 24, seed=1),
-        "pooled_projections": noise(1, 20, seed=2),
-        "timestep": torch.tensor([500.0]),
-        "return_dict": False,
-    }
-    return Tiny(lively(model), inputs, _modules(model, r"transformer_blocks\.\d+\.(attn|ff|ff_context)"))
-
-
-def tiny_flux() -> Tiny:
-    """Flux: one block with joint attention, two with attention and MLP in parallel."""
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=8,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        axes_dims_rope=(4, 6, 6),
-    )
-    ids = torch.zeros(16, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    inputs = {
-        "hidden_states": noise(1, 16, 8),
-        "encoder_hidden_states": noise(1, 6, 24, seed=1),
-        "pooled_projections": noise(1, 20, seed=2),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(6, 3),
-        "return_dict": False,
-    }
-    blocks = (r"transformer_blocks\.\d+\.(attn|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out")
-    return Tiny(lively(model), inputs, _modules(model, *blocks))
-
-
-def tiny_wan() -> Tiny:
-    """Wan: video; self-attention with rotary positions, cross-attention, MLP."""
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    inputs = {
-        "hidden_states": noise(1, 4, 2, 8, 8),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": noise(1, 6, 24, seed=1),
-        "return_dict": False,
-    }
-    return Tiny(lively(model), inputs, _modules(model, r"blocks\.\d+\.(attn1|attn2|ffn)"))
-
-
-def tiny_cogvideox() -> Tiny:
-    """CogVideoX: video; joint attention, and one MLP over text and video together."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=24,
-        num_layers=2,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=5,
-        patch_size=2,
-        max_text_seq_length=6,
-    )
-    inputs = {
-        "hidden_states": noise(1, 2, 4, 8, 8),
-        "encoder_hidden_states": noise(1, 6, 24, seed=1),
-        "timestep": torch.tensor([500.0]),
-        "return_dict": False,
-    }
-    return Tiny(lively(model), inputs, _modules(model, r"transformer_blocks\.\d+\.(attn1|ff)"))
-
-
-def tiny_latte() -> Tiny:
-    """Latte: video; spatial blocks with cross-attention, temporal blocks without."""
-    from diffusers import LatteTransformer3DModel
-
-    model = LatteTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=32,
-        attention_bias=True,
-        sample_size=8,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=24,
-        video_length=2,
-    )
-    inputs = {
-        "hidden_states": noise(1, 4, 2, 8, 8),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": noise(1, 6, 24, seed=1),
-        "return_dict": False,
-    }
-    blocks = (r"transformer_blocks\.\d+\.(attn1|attn2|ff)", r"temporal_transformer_blocks\.\d+\.(attn1|attn2|ff)")
-    return Tiny(lively(model), inputs, _modules(model, *blocks))
-
-
 TINY: dict[str, Callable[[], Tiny]] = {
-    "dit": tiny_dit,
-    "pixart": tiny_pixart,
-    "sd3": tiny_sd3,
-    "flux": tiny_flux,
-    "wan": tiny_wan,
-    "cogvideox": tiny_cogvideox,
-    "latte": tiny_latte,
+    "dit": ZOO["DiTTransformer2DModel"].make,
+    "pixart": ZOO["PixArtTransformer2DModel"].make,
+    "sd3": ZOO["SD3Transformer2DModel"].make,
+    "flux": ZOO["FluxTransformer2DModel"].make,
+    "wan": ZOO["WanTransformer3DModel"].make,
+    "cogvideox": ZOO["CogVideoXTransformer3DModel"].make,
+    "latte": ZOO["LatteTransformer3DModel"].make,
 }
-"""Tiny diffusers models by name."""
+"""Some of the zoo's models, by short names."""
 
 
 # -- one branch, for golden graphs -------------------------------------------------------------------------------------

@@ -325,6 +325,129 @@ def single_stream() -> SingleStreamBlock:
     return SingleStreamBlock(16, 2)
 
 
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_a_parallel_branch_is_one_however_many_tokens_it_attends_to(tokens: int) -> None:
+    def fused(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        return x + m.out(torch.cat([m.attn(m.norm(x)), F.gelu(m.up(m.norm(x)))], -1))
+
+    modules = {"attn": Attention(16, 2), "up": linear(16, 16), "out": linear(32, 16), "norm": nn.LayerNorm(16)}
+    traced = found(fused, x=noise(1, tokens, 16), **modules)
+
+    assert only(traced).kind == "parallel"
+
+
+def test_an_mlp_that_shares_its_projection_with_the_attention_is_parallel_to_it() -> None:
+    """Flux 2: one linear layer makes queries, keys, values and the MLP's input."""
+
+    def fused(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        q, k, v, up = m.all(m.norm(x)).split([16, 16, 16, 64], -1)
+        heads = (value.unflatten(-1, (2, 8)).transpose(1, 2) for value in (q, k, v))
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return x + m.out(torch.cat([attended, F.gelu(up)], -1))
+
+    traced = found(fused, all=linear(16, 112), out=linear(80, 16), norm=nn.LayerNorm(16))
+
+    assert only(traced).kind == "parallel"
+
+
+def test_a_gate_on_the_attention_is_part_of_it() -> None:
+    """Krea 2: sigmoid(W x) * attention(x), whose gate costs as much as a projection."""
+    traced = found(
+        lambda m, x, t: x + m.out(torch.sigmoid(m.gate(x)) * m.attn(x)),
+        attn=Attention(16, 2),
+        gate=linear(),
+        out=linear(),
+    )
+
+    assert only(traced).kind == "self_attention"
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda m, x: m.affine(x),
+        lambda m, x: F.linear(x, m.affine.weight) * 0.5 + m.affine.bias,
+        lambda m, x: (x.transpose(1, 2).float().transpose(1, 2).double() @ m.affine.weight.double()).float(),
+    ],
+    ids=["linear", "scale_and_bias", "layout_and_type"],
+)
+def test_a_product_and_nothing_else_is_left_alone(product: Callable[[Any, Tensor], Tensor]) -> None:
+    """StableAudio: x + conv(x) at both ends of the trunk is a linear layer of the trunk, however much it costs."""
+
+    def ends(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        x = x + product(m, x)
+        return x + m.ff(x)
+
+    affine, mlp = found(ends, affine=linear(), ff=Mlp(16, 16)).analysis.branches
+
+    assert (affine.cacheable, mlp.cacheable) == (False, True)
+    assert affine.reason == f"{affine.heavy[0]} alone is no attention or MLP, but an affine map of the trunk"
+
+
+def test_keys_that_another_attention_uses_too_keep_no_branch_from_being_cached() -> None:
+    """Cosmos 3: image tokens attend to the keys and values of the text's own attention."""
+
+    def shared(m: Any, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = m.k(y), m.v(y)
+        text = y + m.o1(F.scaled_dot_product_attention(m.q1(y), k, v))
+        image = x + m.o2(
+            F.scaled_dot_product_attention(m.q2(x), torch.cat([k, m.k2(x)], 1), torch.cat([v, m.v2(x)], 1))
+        )
+        return m.head(image), m.head(text)
+
+    modules = {name: linear() for name in ("q1", "k", "v", "o1", "q2", "k2", "v2", "o2", "head")}
+    traced = found(shared, extra=(noise(1, 9, 16, seed=1),), **modules)
+
+    analysis = traced.analysis
+    assert [branch.cacheable for branch in analysis.branches] == [True, True]
+    assert len([name for branch in analysis.branches for name in branch.heavy]) == 10  # k and v belong to neither alone
+    assert analysis.reuse_flops == 2 * 16 * 16 * (16 + 9)  # the heads
+    assert sum(branch.flops for branch in analysis.branches) == analysis.flops - analysis.reuse_flops
+
+
+def test_each_output_has_its_latents() -> None:
+    """LTX 2: sound and pictures are denoised together."""
+
+    def both(m: Any, x: Tensor, t: Tensor, sound: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        sound = sound + m.ff(sound) * modulation(m, t)
+        x = x + m.attn(x, text + m.refine(text))
+        return x, sound
+
+    modules = {"ff": Mlp(16, 64), "time": linear(), "attn": Attention(16, 2, context=16), "refine": Mlp(16, 64)}
+    traced = found(both, extra=(noise(1, 9, 16, seed=1), noise(1, 5, 16, seed=2)), **modules)
+
+    roles = traced.analysis.inputs
+    assert [tuple(traced.inputs[i].shape) for i in roles.further_latents] == [(1, 9, 16)]
+    assert set(roles.further_latents) <= set(roles.large)
+    assert sorted((b.name.split(".")[-1], b.dependence) for b in traced.analysis.branches) == [
+        ("attn", "latent"), ("ff", "latent"), ("refine", "invariant"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("small", "dependence"),
+    [
+        (torch.ones(2, 5, dtype=torch.bool), "invariant"),  # a mask
+        (torch.arange(15.0).reshape(5, 3), "invariant"),  # positions of tokens
+        (torch.arange(15).reshape(1, 5, 3), "invariant"),
+        (torch.full((2,), 0.5), "timestep"),
+        (torch.full((2, 5), 0.5), "timestep"),  # of each token of each sample
+        (torch.full((2, 1, 5), 0.5), "timestep"),  # of each frame of each sample
+        (torch.tensor(0.5), "timestep"),
+    ],
+    ids=["mask", "positions", "batched_positions", "per_sample", "per_token", "per_frame", "scalar"],
+)
+def test_what_may_be_a_timestep_is_told_by_its_shape(small: Tensor, dependence: str) -> None:
+    def refine(m: Any, x: Tensor, t: Tensor, text: Tensor, small: Tensor) -> Tensor:
+        text = text + m.ff(text * small.float().mean())
+        return x + m.attn(x, text)
+
+    modules = {"ff": Mlp(16, 64), "attn": Attention(16, 2, context=16)}
+    traced = found(refine, x=noise(2, 16, 16), extra=(noise(2, 5, 16, seed=1), small), **modules)
+
+    assert [branch.dependence for branch in traced.analysis.branches] == [dependence, "latent"]
+
+
 def test_a_residual_convolution_is_a_branch() -> None:
     traced = found(lambda m, x, t: x + m.c(F.silu(x)), x=noise(1, 4, 8, 8), c=nn.Conv2d(4, 4, 3, padding=1))
 

@@ -8,7 +8,7 @@ from omnifx.graph import branches_of, clone, graph_text, total_flops
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.read_cuts import ReadCuts
-from tests.toys import tiny_dit, trace
+from tests.toys import TINY, trace
 
 
 class Chunked(nn.Module):
@@ -52,7 +52,7 @@ def test_a_product_that_is_used_whole_is_left_alone(model: Chunked) -> None:
 
 
 def test_a_reuse_step_computes_the_gates_alone() -> None:
-    tiny = tiny_dit()
+    tiny = TINY["dit"]()
     traced = trace(tiny.model, **tiny.inputs)
     names = tuple(branches_of(traced.gm))
     ReadCuts(branches=names)(traced.gm)

@@ -112,7 +112,7 @@ def stdit3(batch: int, dtype: torch.dtype) -> Case:
 
 
 def audio(batch: int, dtype: torch.dtype) -> Case:
-    """Sound, half of it known; the residual convolutions at both ends are branches too."""
+    """Sound, half of it known; one residual convolution is a branch, the other an affine map of the trunk."""
     inputs = {
         "x": noise(batch, 8, 24),
         "t": times(batch),
@@ -122,7 +122,7 @@ def audio(batch: int, dtype: torch.dtype) -> Case:
     }
     model = AudioDiT()
     parts = select(model, "self_attn", "cross_attn", "ff")
-    return case(model, inputs, ("conv_position", *parts, "postprocess_conv"), ("conv", *TEXT * 2, "conv"), dtype=dtype)
+    return case(model, inputs, ("conv_position", *parts), ("conv", *TEXT * 2), dtype=dtype)
 
 
 def maskdit(batch: int, dtype: torch.dtype, *, write: bool = False) -> Case:

@@ -466,8 +466,8 @@ class NormIntoBlock(Block):
 
 def opaque_in_place() -> Case:
     """vLLM's style: operators without a result. The second one writes over what the first one wrote, and might read it:
-    what feeds attention lives on, and only the MLPs can be cached."""
-    return dit_case(Model(NormIntoBlock() for _ in range(2)), kinds=("mlp",) * 2, parts=("mlp",))
+    what feeds attention dies only with the MLP."""
+    return dit_case(Model(NormIntoBlock() for _ in range(2)))
 
 
 class OpaqueMlp(nn.Module):
