@@ -10,7 +10,8 @@ look clean. All of it is repeated at 20 and at 50 steps, and with ``fullgraph=Tr
 
 entries         how often one call of the model enters compiled code: most and last call of the third generation; at 0
                 Dynamo has given up, and the model runs uncompiled
-graph runs      compiled graphs run by one call, most of the third generation; an entry of omnifx could run several
+graph runs      compiled graphs run by one call, most of the third generation; to measure noise, omnifx runs its small reuse
+                graph before a full one
 new graphs      graphs compiled in the first, second and third generation
 by steps        graphs compiled in generations of so many steps
 breaks          Dynamo's count over all three generations
@@ -166,8 +167,12 @@ class _AlwaysCorrects(OmniCache):
         return plan.model_copy(update={"steps": steps})
 
 
+CORRECTED = "omnifx, corrected"
+
+
 class Corrected(Omnifx):
-    """This project with its noise correction: a full step also measures the noise, in the same graph."""
+    """This project with its noise correction: before a full step, the reuse graph shows what the old caches would have
+    given, and the difference is the noise. Dynamo enters once."""
 
     policy = _AlwaysCorrects()
 
@@ -281,7 +286,7 @@ class DBCache(Uncached):
 METHODS: dict[str, Callable[[], Uncached]] = {
     "no cache": Uncached,
     "omnifx": Omnifx,
-    "omnifx, corrected": Corrected,
+    CORRECTED: Corrected,
     "FirstBlockCache": FirstBlockCache,
     "TaylorSeer": TaylorSeer,
     "PAB": PAB,
@@ -592,9 +597,10 @@ def broken_bounds(row: dict[str, Any], uncached_breaks: int = 0) -> list[str]:
     if row["problem"]:
         return [f"it failed: {row['problem']}"]
     counts = set(row["graphs_by_steps"].values())
+    most_runs = 2 if row["method"] == CORRECTED else 1  # a full step that measures noise replays the reuse graph
     broken = {
         f"a call enters compiled code {row['entries_max']} times, not once": row["entries_max"] != 1,
-        f"a call runs {row['graph_runs_max']} compiled graphs, not one": row["graph_runs_max"] != 1,
+        f"a call runs {row['graph_runs_max']} compiled graphs, not {most_runs}": row["graph_runs_max"] != most_runs,
         f"{row['breaks']} graph breaks, uncached {uncached_breaks}": row["breaks"] > uncached_breaks,
         f"fullgraph=True: {row['fullgraph']}": row["fullgraph"] != "yes",
         f"{row['recompilations']} recompilations once variants exist": row["recompilations"] != 0,
