@@ -10,8 +10,8 @@ look clean. All of it is repeated at 20 and at 50 steps, and with ``fullgraph=Tr
 
 entries         how often one call of the model enters compiled code: most and last call of the third generation; at 0
                 Dynamo has given up, and the model runs uncompiled
-graph runs      compiled graphs run by one call, most of the third generation; to measure noise, omnifx runs its small reuse
-                graph before a full one
+graph runs      compiled graphs run by one call, most of the third generation; to measure noise, omnifx
+                runs its small reuse graph before a full one
 new graphs      graphs compiled in the first, second and third generation
 by steps        graphs compiled in generations of so many steps
 breaks          Dynamo's count over all three generations

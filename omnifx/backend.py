@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
-from omnifx.boundary import compiled_call
+from omnifx.boundary import CAPTURE, compiled_call
 from omnifx.capture import capture, root_module, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
@@ -40,6 +40,9 @@ def omnicache(
     broken = not _is_whole(model)
     if broken:
         session.watch_boundary()
+        if session.boundary is not None and session.boundary.capturing in ("to be tried again", "failed"):
+            session.boundary.note_codes(_translator().f_code)
+            return gm  # this one call runs as it is
     elif model is not None and (argument := _model_argument(model)):
         _guard_identity(argument)  # not for parts of a model, which its blocks may share
     static, session.names = state_inputs(gm)
@@ -54,6 +57,21 @@ def omnicache(
             return compile_fx_inner(graph, inputs, **arguments)
         return _compile_program(session, graph, inputs, static, arguments, digest, broken)
 
+    boundary = session.boundary
+    if boundary is not None and boundary.capturing == "whole":
+        boundary.note_codes(_translator().f_code)
+        if not broken:
+            try:
+                compiled = capture(gm, example_inputs, inner, patches=patches)
+                session.bypass_boundary()
+                return compiled
+            except Exception as error:  # noqa: BLE001 - whatever could not deal with such a graph
+                settings = " and ".join(CAPTURE)
+                session.tell(f"captured with {settings}, {session.model_name} could not be compiled: {error}")
+        if not boundary.bypassed:
+            boundary.capturing = "failed"
+            session.forget_programs()
+            return gm  # this one call runs as it is, the next one is captured as the first one was
     return capture(gm, example_inputs, inner, patches=patches)
 
 

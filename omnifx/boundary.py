@@ -7,13 +7,17 @@ clock reads what the caller gave the compiled module, and each graph in between 
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
@@ -26,15 +30,51 @@ if TYPE_CHECKING:
     from omnifx.conductor import Call, Conductor
 
 
+CAPTURE = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
+"""Settings of Dynamo that keep some graphs whole which depend on values: `.item()`, boolean masks, `nonzero`."""
+
+
 class Underway(threading.local):
     """The step that each thread is in, for the graphs of a broken model to find."""
 
     call: Call | None = None
     conductor: Conductor | None = None
+    captures_sizes: bool = False
+
+
+class _SharedPatch:
+    """Dynamo's settings are those of the process: on while any thread is in a call that wants them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: dict[str, Any] = {}
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = {name: getattr(config, name) for name in CAPTURE}
+                for name in CAPTURE:
+                    setattr(config, name, True)
+            self._users += 1
+
+    def exit(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for name, value in self._before.items():
+                    setattr(config, name, value)
+
+
+_SIZES = _SharedPatch()
 
 
 class Boundary:
     """Reads the calls of one compiled module.
+
+    Before the parts of a broken model are taken for granted, its second call is captured anew, with the settings
+    `CAPTURE` on for this model's calls. Where that makes it one graph, it stays so; else the third call is captured as
+    the first one was, in parts.
 
     Args:
         model: The module as it was before compilation.
@@ -51,6 +91,9 @@ class Boundary:
         self.watch = WeightWatch(())
         self._kinds: dict[object, tuple[Conductor, Reader]] = {}
         self._unseen: tuple[Call, Conductor] | None = None  # a call whose end no hook reports
+        self._codes: dict[int, CodeType] = {}  # what Dynamo saw of the model, by identity
+        self.bypassed = False  # the model is one graph after all, and has a conductor that reads its inputs
+        self.capturing = "plainly" if all(getattr(config, name) for name in CAPTURE) else "to be tried again"
 
     def install(self, owner: nn.Module) -> None:
         """See every later call of `owner`, the compiled module: hooks outside of what Dynamo traces."""
@@ -78,22 +121,51 @@ class Boundary:
     def _behind(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.leave(output)
 
+    def note_codes(self, code: CodeType) -> None:
+        """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""
+        self._codes[id(code)] = code
+        frame = sys._getframe(1)
+        while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
+            if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
+                self._codes[id(frame.f_code)] = frame.f_code
+            frame = frame.f_back  # type: ignore[assignment]
+
+    def _capture_anew(self) -> None:
+        """Let Dynamo forget the model's code if another way to capture it is to be tried."""
+        if self.capturing in ("to be tried again", "failed"):
+            self.capturing = "whole" if self.capturing == "to be tried again" else "plainly"
+            for code in self._codes.values():
+                reset_code(code)
+        if self.capturing == "whole" and not self.underway.captures_sizes:
+            self.underway.captures_sizes = True
+            _SIZES.enter()
+
+    def _end_capture(self) -> None:
+        if self.underway.captures_sizes:
+            self.underway.captures_sizes = False
+            _SIZES.exit()
+
     def enter_unseen(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A call has begun already, and its end will not be seen: it ends when the next one begins."""
-        self.enter(args, kwargs)
+        self.enter(args, kwargs, unseen=True)
         call, conductor = self.underway.call, self.underway.conductor
         if call is not None and conductor is not None:
             call.latents = call.latents.clone() if call.latents is not None else None  # the sampler may overwrite them
             self._unseen = (call, conductor)
 
     @torch.no_grad()
-    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, unseen: bool = False) -> None:
         """A call begins."""
         self.underway.call = self.underway.conductor = None
+        if not unseen:
+            self._end_capture()  # of a call that failed
+            self._capture_anew()
         if self._unseen is not None:
             (call, conductor), self._unseen = self._unseen, None
             with conductor.lock:
                 conductor.end_step(call, None)
+        if self.bypassed:
+            return
         leaves, spec = pytree.tree_flatten(_in_order(self.model, args, kwargs))
         shapes = tuple((tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else type(v) for v in leaves)
         kind = (spec, shapes)
@@ -116,6 +188,7 @@ class Boundary:
     @torch.no_grad()
     def leave(self, output: Any) -> None:
         """A call is over; `output` is what the caller gets, None if it failed."""
+        self._end_capture()
         call, conductor = self.underway.call, self.underway.conductor
         self.underway.call = self.underway.conductor = None
         if call is not None and conductor is not None and output is not None:

@@ -147,8 +147,9 @@ class Conductor:
         self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
-        self._steps_seen = 0
         self._unseen_output = False
+        self._sealed = False  # whether all parts of a step are known
+        self.missed_start = False  # whether the generation under way began before the graph was captured
         if program is not None:
             self._add_part(program, 0)
 
@@ -186,12 +187,26 @@ class Conductor:
         self._by_call[id(program), occurrence] = part
         return part
 
+    def abandon(self) -> None:
+        """Forget what was recorded: another conductor takes over."""
+        with self.lock:
+            for _, streams in self._recorded.values():
+                for stream in streams:
+                    self.streams.drop(stream.key)
+                    self.log.forget(stream.log)
+            self._recorded.clear()
+
+    def forget_parts(self) -> None:
+        """The graphs of this model will be captured anew."""
+        self.parts.clear()
+        self._by_call.clear()
+
     def part_of(self, call: Call, program: Program) -> Part | None:
         """The part that a graph call of this step is; None if the first step did not have it."""
         occurrence = call.counts[id(program)]
         call.counts[id(program)] += 1
         part = self._by_call.get((id(program), occurrence))
-        if part is None and self._steps_seen <= 1:
+        if part is None and not self._sealed:
             part = self._add_part(program, occurrence)
             if program.cache_bytes and not self.store.enlarge(call.stream.key, program.cache_bytes):
                 self.inactive = (
@@ -231,7 +246,6 @@ class Conductor:
     def decide(self, reading: Reading, latents: Tensor | None, *, weights: int) -> Call:
         """What the step that begins now does."""
         mark = self._mark()
-        self._steps_seen += 1
         stream, reason = self.streams.proceed(reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
             self._finish(mark)
@@ -279,8 +293,8 @@ class Conductor:
         if not self.store.holds(stream.key):
             return "its caches were evicted to keep cache_budget"
         if any(entry.plan.branches != self.names for entry in stream.entries):
-            stream.doubt = "the model's graphs are other ones than those that were calibrated"
-            return stream.doubt
+            return "the model's graphs are other ones than those that were calibrated"
+        self._sealed = True
         return ""
 
     # -- recording -----------------------------------------------------------------------------------------------------
@@ -331,9 +345,12 @@ class Conductor:
         """A call of a broken model is over: all its parts have run."""
         self.keep(call, output, None)
         stream = call.stream
+        if not call.logged:  # it ran before anything was captured
+            call.log.variant, call.logged = "full", True
+            stream.log.steps.append(call.log)
         if stream.is_last_step:
             self.streams.drop(stream.key)
-        if not self.names and not self.inactive:
+        if self.parts and not self.names and not self.inactive:
             self.inactive = self.explain_nothing([part.program for part in self.parts])
             self.tell(self.inactive)
 
@@ -355,6 +372,11 @@ class Conductor:
         recording, streams = found
         for stream in streams:
             self.streams.drop(stream.key)
+        self._sealed = True
+        if self.missed_start:
+            self.missed_start = False
+            self.log.note("the first generation was not learned from: its first step ran before the model was captured")
+            return
         if problem := recording.problem():
             self.tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
             return

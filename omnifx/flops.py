@@ -10,12 +10,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 LIGHT_NAMESPACES = frozenset({"aten", "prims", "prim", "inductor", "_operator", "math", "profiler", "torchvision"})
+
+
+UNBACKED = 64
+"""What an unbacked size (how many tokens a mask keeps, say) counts as: only running the graph would tell."""
 
 
 def hint(size: Any) -> int:
@@ -26,8 +31,15 @@ def hint(size: Any) -> int:
         node = size.node
         if (known := getattr(node, "_hint", None)) is not None and not callable(known):
             return int(known)
-        return int(node.hint)
+        expression, env = node.expr, node.shape_env
+        values = {symbol: _value_of(symbol, env) for symbol in expression.free_symbols}
+        return max(0, int(expression.xreplace(values)))
     return int(size)
+
+
+def _value_of(symbol: Any, env: Any) -> Any:
+    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.13; before
+    return values.get(symbol, sympy.Integer(UNBACKED))
 
 
 def numel(value: Any) -> int:

@@ -110,6 +110,11 @@ class Log:
         self.generations.append(GenerationLog(self._count))
         return self.generations[-1]
 
+    def forget(self, generation: GenerationLog) -> None:
+        """Take a generation back: its calls are told of elsewhere."""
+        if generation in self.generations:
+            self.generations.remove(generation)
+
     def note(self, text: str) -> bool:
         """Keep a sentence for the user; returns whether it is new."""
         new = text not in self.notes

@@ -103,6 +103,7 @@ class Session:
                 fingerprint=_hash(self.model_name, weights_hash, *program.names),
                 inactive=reason,
             )
+            conductor.missed_start = self.boundary is not None
         runner = Runner(
             program,
             policy=self.policy,
@@ -183,6 +184,21 @@ class Session:
         self.boundary.install(owner)
         with unset_fake_temporarily():
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
+
+    def bypass_boundary(self) -> None:
+        """The model is one graph after all, whose conductor reads the graph's inputs."""
+        assert self.boundary is not None  # what is bypassed
+        self.boundary.bypassed = True
+        for conductor in [conductor for conductor in self.conductors if conductor.broken]:
+            conductor.abandon()
+            self.conductors.remove(conductor)
+
+    def forget_programs(self) -> None:
+        """The graphs captured so far will not be called again."""
+        self.runners.clear()
+        self.conductors[:] = [conductor for conductor in self.conductors if conductor.broken]
+        for conductor in self.conductors:
+            conductor.forget_parts()
 
     def _break_reason(self) -> str:
         breaks = known_breaks()

@@ -89,7 +89,7 @@ class FindBranches(Pass):
                 raise ConfigError(f"{self.name}.{name} must lie in [0, 1], got {getattr(self, name)!r}.")
 
     def requires(self, gm: fx.GraphModule) -> None:
-        bare = [n.name for n in gm.graph.nodes if n.op == "call_function" and "val" not in n.meta]
+        bare = [n.name for n in gm.graph.nodes if n.op == "call_function" and "val" not in n.meta and n.users]
         if bare:
             raise PassError(
                 f"{self.name}: {len(bare)} nodes have no shapes, the first is {bare[0]}. Trace with fake tensors."
@@ -231,7 +231,7 @@ class _Finder:
             if self.flops[i] and self.data & bit:
                 self.heavy |= bit
             elif node.op == "call_function":
-                size, structural = numel(node.meta["val"]), _packet(node) in STRUCTURAL
+                size, structural = numel(node.meta.get("val")), _packet(node) in STRUCTURAL
                 for p in parents:
                     light |= self.light_ancestors[p]
                     if structural or numel(nodes[p].meta.get("val")) >= size:
