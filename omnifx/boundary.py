@@ -6,6 +6,7 @@ clock reads what the caller gave the compiled module, and each graph in between 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -96,30 +97,35 @@ class Boundary:
         self.capturing = "plainly" if all(getattr(config, name) for name in CAPTURE) else "to be tried again"
 
     def install(self, owner: nn.Module) -> None:
-        """See every later call of `owner`, the compiled module: hooks outside of what Dynamo traces."""
+        """See every later call of `owner`, the compiled module, outside of what Dynamo traces."""
+        inner = owner.forward if isinstance(owner, OptimizedModule) else owner._compiled_call_impl
+        assert inner is not None  # what made it a compiled module
+
+        @functools.wraps(inner)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.enter(args, kwargs)
+            output = None
+            try:
+                output = self._run(inner, args, kwargs)
+                return output
+            finally:
+                self.leave(output)
+
         if isinstance(owner, OptimizedModule):
-            owner.register_forward_pre_hook(self._before, with_kwargs=True)
-            owner.register_forward_hook(self._behind, always_call=True)
+            owner.forward = call
         else:
-            inner = owner._compiled_call_impl
-            assert inner is not None  # what made it a compiled module
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self.enter(args, kwargs)
-                output = None
-                try:
-                    output = inner(*args, **kwargs)
-                    return output
-                finally:
-                    self.leave(output)
-
             owner._compiled_call_impl = call
 
-    def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.enter(args, kwargs)
-
-    def _behind(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.leave(output)
+    def _run(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of the compiled module; uncompiled if Dynamo cannot deal with the sizes that it was told to capture."""
+        if self.capturing != "whole" or self.bypassed:
+            return inner(*args, **kwargs)
+        try:
+            return inner(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - if the model is at fault, the same comes again
+            self.capturing = "failed"
+            self._end_capture()
+            return self.model(*args, **kwargs)
 
     def note_codes(self, code: CodeType) -> None:
         """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""

@@ -331,8 +331,11 @@ class Session:
         )
 
     def report(self) -> MatchReport:
-        """What was found in the captured graphs."""
-        return report_of(self.model_name, [runner.program for runner in self.runners], self.names)
+        """What was found in the captured graphs; where the model is broken, in all parts of a step."""
+        programs = [runner.program for runner in self.runners]
+        broken = next((c for c in reversed(self.conductors) if c.broken and c.parts), None)
+        entries = [(programs.index(part.program), "") for part in broken.parts] if broken is not None else None
+        return report_of(self.model_name, programs, self.names, entries=entries)
 
     def finish(self) -> None:
         """Learn from recordings that no later generation ended."""
