@@ -117,7 +117,7 @@ class Boundary:
             owner._compiled_call_impl = call
 
     def _run(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of the compiled module; uncompiled if Dynamo cannot deal with the sizes that it was told to capture."""
+        """A call of the compiled module; uncompiled if Dynamo fails on the sizes that it was told to capture."""
         if self.capturing != "whole" or self.bypassed:
             return inner(*args, **kwargs)
         try:
@@ -211,8 +211,8 @@ def compiled_call() -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[str, An
             owner = local.get("self")
             if isinstance(owner, OptimizedModule) and "args" in local:
                 return owner._orig_mod, owner, tuple(local["args"]), dict(local.get("kwargs", {}))
-            in_place = isinstance(owner, nn.Module) and owner._compiled_call_impl is not None
-            if in_place and frame.f_code.co_name == "_wrapped_call_impl":
+            named = frame.f_code.co_name == "_wrapped_call_impl"
+            if named and isinstance(owner, nn.Module) and owner._compiled_call_impl is not None:  # compiled in place
                 return owner, owner, tuple(local["args"]), dict(local.get("kwargs", {}))
         frame = frame.f_back  # type: ignore[assignment]
     return None

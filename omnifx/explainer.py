@@ -20,9 +20,8 @@ from omnifx.backends.eager import EagerLowering
 from omnifx.breaks import GraphBreak, watch_breaks
 from omnifx.capture import capture, root_module, state_inputs
 from omnifx.errors import MatchError
-from omnifx.graph import BitSets, clone, node_flops, numel, output_of
+from omnifx.graph import SMALL, BitSets, clone, node_flops, numel, output_of
 from omnifx.hollow import hollow_arguments, hollow_like, hollow_model
-from omnifx.passes.find_branches import SMALL
 from omnifx.program import Program
 from omnifx.report import MatchReport
 from omnifx.session import report_of

@@ -189,7 +189,7 @@ IMAGE = (
         },
         times=("timesteps",),
         graphs=17, branches="2 joint_attention, 2 self_attention", dependence="4 latent", left=0.758,
-        note="Graph breaks: experts get as many tokens as they are given. The feed-forwards lie across breaks: computed each step.",
+        note="Graph breaks: experts get as many tokens as they are given. The feed-forwards are computed each step.",
     ),
     Entry(
         name="HunyuanDiT2DModel",
