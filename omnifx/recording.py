@@ -208,6 +208,10 @@ class Recording:
             varying_inputs=self.varying_inputs(),
         )
 
+    def _names(self, positions: list[int]) -> tuple[str, ...]:
+        names = tuple(map(self.inputs.plain_name, positions))
+        return names if all(names) else ()
+
     def profile(
         self,
         *,
@@ -216,7 +220,6 @@ class Recording:
         versions: dict[str, str],
         flops: int,
         branches: tuple[BranchMeta, ...],
-        latent_shape: tuple[int, ...],
         output_shape: tuple[int, ...],
     ) -> Profile:
         """The profile of this one run; call only if there is no `problem`."""
@@ -236,11 +239,13 @@ class Recording:
             num_runs=1,
             flops=flops,
             branches=branches,
-            latent_shape=latent_shape,
+            latent_shape=self.groups[0][0].reading.shapes[-1] if self.inputs.latents is not None else (),
             output_shape=output_shape,
             filter_axes=self.recorder.grid.axes,
             time_inputs=timeline.time_inputs,
             varying_inputs=timeline.varying_inputs,
+            time_names=self._names([self.inputs.small[i] for i in timeline.time_inputs]),
+            varying_names=self._names([self.inputs.large[i] for i in timeline.varying_inputs]),
             sketched=self.recorder.sketched,
         )
         return Profile(meta=meta, grams=torch.stack(grams)[None], moves=torch.tensor([timeline.moves]))
