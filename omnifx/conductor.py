@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from omnifx.program import Program
 
 
+_Key = tuple[Marked | None, tuple[tuple[int, ...], ...]]
+"""A mark, and the shapes of a call's inputs: what is recorded together."""
+
+
 @dataclass
 class Part:
     """One graph call of a step, in the order of the calls."""
@@ -96,6 +100,8 @@ class Conductor:
         record_budget: Most bytes of a recording.
         make_profile: A recording's profile.
         learned: Called with a new profile, to save it.
+        beginning: Called before a call that no recording or stream has room for begins one, with the conductor, what
+            was read and the mark: other captures may learn from it that a generation is over.
         mark: The mark of the present context.
         record_only: Only measure; never follow a plan.
         inactive: Why nothing can be reused; empty if it can.
@@ -118,6 +124,7 @@ class Conductor:
         fingerprint: str,
         mark: Callable[[], Marked | None],
         make_profile: Callable[[Recording, Conductor], Profile],
+        beginning: Callable[[Conductor, Reading, Marked | None], None] = lambda conductor, reading, mark: None,
         learned: Callable[[Conductor, Profile], None] | None = None,
         record_only: bool = False,
         inactive: str = "",
@@ -135,6 +142,7 @@ class Conductor:
         self.record_budget = record_budget
         self.fingerprint = fingerprint
         self.make_profile = make_profile
+        self.beginning = beginning
         self.learned = learned
         self.record_only = record_only
         self.inactive = inactive
@@ -146,7 +154,7 @@ class Conductor:
         self.streams = Streams(store, log)
         self.lock = threading.RLock()
         self._mark = mark
-        self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
+        self._recorded: dict[_Key, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
         self._steps_seen = 0
@@ -279,8 +287,11 @@ class Conductor:
         mark = self._mark()
         self._steps_seen += 1
         stream, reason = self.streams.proceed(reading, mark)
+        if stream is None and (mark, reading.shapes) not in self._recorded:
+            self.finish_before(reading, mark, self.inputs)
+            self.beginning(self, reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
-            self._finish(mark)
+            self._finish((mark, reading.shapes))
             stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
         if stream is None:
             return self._record(reading, mark, reason, latents, weights, num_bytes)
@@ -343,16 +354,17 @@ class Conductor:
         num_bytes: int,
     ) -> Call:
         """A step that no plan covers: run it in full and measure it."""
-        if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
-            self._finish(mark)
+        key = (mark, reading.shapes)
+        if key in self._recorded and self._recorded[key][0].starts_anew(reading):
+            self._finish(key)
             if not self.record_only and self.streams.starting(reading, mark):
                 stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
                 assert stream is not None  # some plan starts here
                 return self._call(stream, self._compute_row, None, "", reading, weights)
-        if mark not in self._recorded:
-            self._recorded[mark] = (Recording(self.inputs), [])
+        if key not in self._recorded:
+            self._recorded[key] = (Recording(self.inputs), [])
         self.streams.leave_behind(reading, mark)
-        recording, streams = self._recorded[mark]
+        recording, streams = self._recorded[key]
         number = recording.stream_of(reading)
         if number == len(streams):
             stream = self.streams.open(reading, mark, streams[0].log if streams else None, num_bytes=num_bytes)
@@ -396,16 +408,32 @@ class Conductor:
     def finish(self, mark: Marked | None = None) -> None:
         """End what is being recorded under a mark, and learn from it."""
         with self.lock:
-            self._finish(mark)
+            self._finish_all(mark)
+
+    def finish_before(self, reading: Reading, mark: Marked | None, inputs: Inputs) -> None:
+        """End what is being recorded under a mark, as far as a call of another shape shows that it is over.
+
+        Args:
+            reading: The call.
+            mark: Its mark.
+            inputs: Roles of its inputs, which may be those of another capture.
+        """
+        for key in [key for key in self._recorded if key[0] is mark]:
+            if self._recorded[key][0].is_over(reading, inputs):
+                self._finish(key)
 
     def end_marked(self, mark: Marked) -> None:
         """A marked generation is over: learn from its recording, free its caches."""
         with self.lock:
-            self._finish(mark)
+            self._finish_all(mark)
             self.streams.drop_marked(mark)
 
-    def _finish(self, mark: Marked | None) -> None:
-        found = self._recorded.pop(mark, None)
+    def _finish_all(self, mark: Marked | None) -> None:
+        for key in [key for key in self._recorded if key[0] is mark]:
+            self._finish(key)
+
+    def _finish(self, key: _Key) -> None:
+        found = self._recorded.pop(key, None)
         if found is None:
             return
         recording, streams = found

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.boundary import Boundary, Underway, compiled_call
 from omnifx.breaks import GraphBreak, known_breaks
-from omnifx.clock import Marked, mark, marked_for
+from omnifx.clock import Marked, Reading, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
 from omnifx.graph import Branch, Inputs, hint
@@ -143,6 +143,7 @@ class Session:
             store=self._make_store(latents.device if isinstance(latents, Tensor) else torch.device("cpu")),
             log=self.log,
             record_budget=int(self.options.record_budget),
+            beginning=self._beginning,
             learned=self._learned,
             make_profile=self._profile,
             record_only=self.record_only,
@@ -206,6 +207,15 @@ class Session:
             conductor.add_profile(profile, plan if conductor.can_follow(plan) else None)
         except (ProfileError, ConfigError):
             return
+
+    def _beginning(self, conductor: Conductor, reading: Reading, mark: Marked | None) -> None:
+        """A call begins something new in one capture: a generation that another capture records may be over."""
+        for other in self.conductors:
+            if other is not conductor and not other.inactive and other.lock.acquire(blocking=False):
+                try:  # never waits: two captures may be called at once, each by a thread that holds its lock
+                    other.finish_before(reading, mark, conductor.inputs)
+                finally:
+                    other.lock.release()
 
     def _learned(self, conductor: Conductor, profile: Profile) -> None:
         """A generation was measured: keep its profile for other processes, and for other captures of the model."""

@@ -78,7 +78,7 @@ class Streams:
         return itertools.chain(self._live.values())
 
     def add_entry(self, entry: Entry) -> None:
-        """A plan for streams that begin from now on; replaces one with the same timesteps, measured at the same size."""
+        """A plan for streams that begin from now on; replaces one with the same timesteps, measured at this size."""
         kept = [e for e in self.entries if (e.timeline.timesteps, e.size) != (entry.timeline.timesteps, entry.size)]
         self.entries = [entry, *kept]
 
