@@ -45,8 +45,17 @@ Shape = tuple[int, ...]
 STEPS = 4
 PLAN = "FrrF"
 FULL = "F" * STEPS
-SHAPES: tuple[Shape, ...] = ((1, 4, 8, 12), (1, 4, 12, 8), (1, 4, 8, 8), (2, 4, 8, 12), (3, 4, 16, 8), (1, 4, 8, 12))
-"""Latents of one generation after another: other sides, other batches, and the first shape again."""
+SHAPES: tuple[Shape, ...] = ((1, 4, 8, 12), (1, 4, 12, 8), (2, 4, 16, 8), (1, 4, 8, 12))
+"""Latents of one generation after another: other sides, another batch, and the first shape again."""
+
+MORE_SHAPES: tuple[Shape, ...] = (
+    (1, 4, 8, 12),
+    (1, 4, 12, 8),
+    (1, 4, 8, 8),
+    (2, 4, 8, 12),
+    (3, 4, 16, 8),
+    (1, 4, 8, 12),
+)
 
 DYNAMIC = pytest.mark.parametrize("dynamic", [None, True, False], ids=["automatic", "dynamic", "static"])
 
@@ -120,8 +129,9 @@ def test_one_inductor_graph_serves_other_shapes() -> None:
 
 @pytest.mark.slow
 @DYNAMIC
-def test_inductor_graphs_serve_other_shapes(dynamic: bool | None) -> None:
-    follow_the_plan(dynamic, lowering="inductor", shapes=SHAPES)
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_more_shapes_in_both_lowerings(dynamic: bool | None, lowering: str) -> None:
+    follow_the_plan(dynamic, lowering=lowering, shapes=MORE_SHAPES)
 
 
 def test_the_first_shape_is_served_as_before_when_it_comes_back() -> None:
@@ -211,7 +221,7 @@ def test_corrections_are_filtered_at_the_size_of_the_call() -> None:
     model = free_toy()
     policy = Filtered(pattern="FFcc")
     fast = compiled(model, policy=policy)
-    for shape in SHAPES[:3]:
+    for shape in SHAPES[:2]:
         image_of(fast, shape)
     ((profile, plan),) = omnifx.plans(fast)[:1]
     image = image_of(fast, (1, 4, 12, 16), seed=2)
@@ -477,13 +487,26 @@ def test_real_classes_keep_their_plan_at_other_sizes_with_inductor(name: str) ->
 
 
 def test_inputs_go_by_their_names_where_a_larger_picture_has_too_many_positions_to_count_as_small() -> None:
-    tiny = TINY["flux"]()
-    fast = compiled(tiny.model, dynamic=False)
-    calls = [{**tiny.inputs, **_flux_sizes(tiny, *size)} for size in ((4, 4), (36, 40))]
+    fast = compiled(model := _Placed(), dynamic=False)
 
-    for inputs in calls:
-        run(fast, tiny, inputs)
+    images = []
+    for rows, columns in ((4, 6), (30, 48)):
+        ids = grid(rows, columns)
+        images.append(image_of(lambda *args, ids=ids: fast(ids, *args), (1, 4, 2 * rows, 2 * columns)))
 
-    small, large = (r.program.analysis.inputs for r in find_session(fast).runners)
-    assert len(large.small) < len(small.small)
+    small, large = (runner.program.analysis.inputs for runner in find_session(fast).runners)
+    assert (small.small[0], len(small.small), len(large.small)) == (0, 3, 2)  # the positions stand before the timestep
     assert [letters_of(log) for log in logs(fast)] == [FULL, PLAN]
+    reference = Reference(model, PLAN, modules=("inner.blocks.0.attn", "inner.blocks.0.mlp"), stream_of=lambda *args: 0)
+    assert distance(images[1], image_of(lambda *args: reference(grid(30, 48), *args), (1, 4, 60, 96))) < 1e-5
+
+
+class _Placed(nn.Module):
+    """A toy that is told the positions of its tokens [N, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = free_toy()
+
+    def forward(self, ids: Tensor, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.inner(ids.mean() / 100 + x, t, y)
