@@ -236,7 +236,8 @@ def roles_of(leaves: Sequence[Any]) -> Inputs:
         )
     )
     large = tuple(i for i, v in enumerate(leaves) if i != latents and i not in small and isinstance(v, Tensor))
-    return Inputs(latents, small, large, static=(), names=tuple(f"argument {i}" for i in range(len(leaves))))
+    names = tuple(f"argument {i}" for i in range(len(leaves)))
+    return Inputs(latents, small, large, static=(), names=names, plain_names=names)
 
 
 def _in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

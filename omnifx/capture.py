@@ -20,7 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils import _pytree as pytree
 
-from omnifx.graph import ARGUMENT
+from omnifx.graph import ARGUMENT, PLAIN_NAME
 
 
 class InnerCompiler(Protocol):
@@ -49,8 +49,9 @@ def capture(
         if len(inputs) == len(names):  # AOTAutograd kept the inputs as they were, so Dynamo's word on them holds
             static |= set(state)
             placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-            for node, position in zip(placeholders, order, strict=True):
+            for node, position, name in zip(placeholders, order, names, strict=True):
                 node.meta[ARGUMENT] = position
+                node.meta[PLAIN_NAME] = name
         return inner(graph, inputs, tuple(sorted(static)), arguments)
 
     with functorch_config.patch(enable_autograd_cache=False):  # a hit there would return plain Inductor code

@@ -114,6 +114,8 @@ class Reading:
 
     def moved_from(self, other: Reading) -> float:
         """``||x - x'|| / ||x'||`` over the sampled elements."""
+        if len(self.sample) != len(other.sample):  # latents of another size
+            return math.inf
         norm = math.sqrt(sum(map(operator.mul, other.sample, other.sample)))
         return math.dist(self.sample, other.sample) / norm if norm else math.inf
 

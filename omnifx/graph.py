@@ -18,6 +18,8 @@ from omnifx.errors import PassError
 from omnifx.flops import hint, is_attention, node_flops, num_bytes, numel, tensors_in
 
 ANALYSIS = "omnifx_analysis"
+PLAIN_NAME = "omnifx_plain_name"
+"""What the model's author calls an input."""
 ARGUMENT = "omnifx_argument"
 """Where in the call of the model an input's value stood; 0 if unknown."""
 EXTRA_INPUTS = "omnifx_extra_inputs"
@@ -44,6 +46,14 @@ class Inputs:
     static: tuple[int, ...]
     names: tuple[str, ...]
     further_latents: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    """Whole numbers that are sizes of other inputs, in a graph with dynamic shapes."""
+    plain_names: tuple[str, ...] = ()
+    """What the model's author calls each input, as far as is known: the same in every capture of a model."""
+
+    def plain_name(self, position: int) -> str:
+        """The name of an input that another capture of the same model has as well; empty if unknown."""
+        return self.plain_names[position] if position < len(self.plain_names) else ""
 
 
 @dataclass(frozen=True)
@@ -361,6 +371,7 @@ __all__ = [
     "CONDITIONS",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
+    "PLAIN_NAME",
     "SMALL",
     "Analysis",
     "BitSets",

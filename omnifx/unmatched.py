@@ -69,7 +69,8 @@ def _additions(gm: fx.GraphModule, analysis: Analysis) -> Counter[str]:
     """Why each addition of two tensors is no residual add, in the terms of `find_branches`."""
     sets = BitSets.of(gm.graph)
     placeholders = [node for node in sets.nodes if node.op == "placeholder"]
-    static = sum(1 << sets.index[placeholders[i]] for i in analysis.inputs.static)
+    inputs = analysis.inputs
+    static = sum(1 << sets.index[placeholders[i]] for i in (*inputs.static, *inputs.sizes))
     data = sum(1 << sets.index[node] for node in placeholders) & ~static
     heavy = sum(1 << i for i, node in enumerate(sets.nodes) if node_flops(node) and sets.ancestors[i] & data)
     adds = {name for branch in analysis.branches for name in branch.adds}

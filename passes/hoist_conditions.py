@@ -89,7 +89,7 @@ def _region(gm: fx.GraphModule) -> dict[fx.Node, None]:
     inputs = analysis_of(gm).inputs
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     conditions = {placeholders[i] for i in inputs.small}
-    known = conditions | {placeholders[i] for i in inputs.static}
+    known = conditions | {placeholders[i] for i in (*inputs.static, *inputs.sizes)}
     varying, below = set(conditions), set()
     region: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
