@@ -41,6 +41,7 @@ from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
 from omnifx.trunks import with_trunks
 from omnifx.unmatched import nothing_found
+from omnifx.weights import plain
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
@@ -525,7 +526,7 @@ def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
 def weights_hash(values: Sequence[Any]) -> str:
     """A fingerprint of parameters: shapes, types and up to 64 evenly spread elements of each, as stored."""
     digest = hashlib.sha256()
-    for value in values:
+    for value in plain(values):
         if not isinstance(value, Tensor):
             continue
         digest.update(f"{tuple(value.shape)}{value.dtype}".encode())

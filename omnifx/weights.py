@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 NUM_PROBES = 64
 """Weights of which one element is read at every call, with the timestep."""
@@ -62,6 +63,19 @@ class WeightWatch:
         if values != self._probed:
             self._probed = values
             self.version += 1
+
+
+def plain(values: Sequence[Any]) -> list[Any]:
+    """The values with every tensor subclass (a quantised weight, say) replaced by the plain tensors inside, in the
+    order in which AOTAutograd passes them to its graph."""
+    found: list[Any] = []
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            inner, _ = value.__tensor_flatten__()
+            found += plain([getattr(value, name) for name in inner])
+        else:
+            found.append(value)
+    return found
 
 
 def checksums(weights: Sequence[Tensor]) -> Tensor:
