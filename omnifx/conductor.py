@@ -138,6 +138,7 @@ class Conductor:
         self.inactive = inactive
         self.explain_nothing = explain_nothing
         self.profiles: list[Profile] = []
+        self.distrusts_weights = False  # whether all parts sum up their weights' bits at every call
         self.following = False  # whether a generation has followed a plan yet
         self.parts: list[Part] = []
         self._by_call: dict[tuple[int, int], Part] = {}
@@ -180,7 +181,8 @@ class Conductor:
     def _add_part(self, program: Program, occurrence: int) -> Part:
         index = len(self.parts)
         start = sum(len(p.program.names) for p in self.parts)
-        watch = WeightWatch(program.analysis.inputs.static, probes=not self.broken)
+        watch = WeightWatch(program.analysis.inputs.static, program.analysis.inputs.settings)
+        watch.sums_always = self.distrusts_weights
         part = Part(index, program, start, f"graph{index}." if self.broken else "", watch)
         self.parts.append(part)
         self._by_call[id(program), occurrence] = part
@@ -200,6 +202,12 @@ class Conductor:
                 )
                 self.tell(self.inactive)
         return part
+
+    def distrust_weights(self) -> None:
+        """Samples of the weights tell nothing here: let every part sum up the bits of its own at every call."""
+        self.distrusts_weights = True
+        for part in self.parts:
+            part.watch.sums_always = True
 
     # -- plans ---------------------------------------------------------------------------------------------------------
 
@@ -355,6 +363,8 @@ class Conductor:
         recording, streams = found
         for stream in streams:
             self.streams.drop(stream.key)
+        if self.inactive:
+            return
         if problem := recording.problem():
             self.tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
             return

@@ -20,6 +20,8 @@ from omnifx.flops import hint, is_attention, node_flops, num_bytes, numel, tenso
 ANALYSIS = "omnifx_analysis"
 ARGUMENT = "omnifx_argument"
 """Where in the call of the model an input's value stood; 0 if unknown."""
+SETTING = "omnifx_setting"
+"""True for an input that is a number kept in a module (a LoRA's scale)."""
 EXTRA_INPUTS = "omnifx_extra_inputs"
 EXTRA_OUTPUTS = "omnifx_extra_outputs"
 CONDITIONS = "omnifx_conditions"
@@ -35,6 +37,8 @@ class Inputs:
 
     `latents` is what the sampler moves, `small` inputs (timesteps, labels, scales) are read by the clock at every call,
     `large` ones (text, masks, position tables) are watched for change, `static` ones are parameters and buffers.
+    `settings`, which are among the static ones, are numbers kept in modules (a LoRA's scale): they come in a new tensor
+    at each call.
     `further_latents`, which are among the large ones, move as well: the audio of a model of video and audio.
     """
 
@@ -44,6 +48,7 @@ class Inputs:
     static: tuple[int, ...]
     names: tuple[str, ...]
     further_latents: tuple[int, ...] = ()
+    settings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -361,6 +366,7 @@ __all__ = [
     "CONDITIONS",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
+    "SETTING",
     "SMALL",
     "Analysis",
     "BitSets",

@@ -138,7 +138,7 @@ class Runner:
         part, latents = conductor.parts[0], self.program.analysis.inputs.latents
         with self._lock:
             part.watch.look(args)
-            reading = self.reader.read(args, part.watch.probes)
+            reading = self.reader.read(args, part.watch.probes(args))
             part.watch.compare(reading.probes)
             call = conductor.decide(reading, args[latents] if latents is not None else None, weights=part.watch.version)
             return self._job(call, part, reading.small)

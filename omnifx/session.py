@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import hashlib
 import threading
+import uuid
 import warnings
 import weakref
 from collections import Counter
@@ -30,6 +31,7 @@ from omnifx.clock import Marked, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
 from omnifx.graph import Branch, Inputs, hint
+from omnifx.hooks import hooks_of
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -165,7 +167,10 @@ class Session:
         if found is None or self.boundary is not None or not self.policy.needs_profile:
             return
         model, owner, args, kwargs = found
-        digest = weights_hash(list(model.parameters()))
+        parameters = list(model.parameters())
+        digest = weights_hash(parameters)
+        if any(parameter.is_meta for parameter in parameters):  # offloaded: nothing here tells checkpoints apart
+            digest = uuid.uuid4().hex
 
         def make_conductor(inputs: Inputs, latents: Tensor | None) -> Conductor:
             reason = (
@@ -217,7 +222,9 @@ class Session:
         if len(programs) == 1 and programs[0].side_effects:
             return _effects_of(self.model_name, programs[0], self.names)
         if not any(program.names for program in programs):
-            return nothing_found(self.model_name, [(program.gm, program.analysis) for program in programs])
+            graphs = [(program.gm, program.analysis) for program in programs]
+            breaks = known_breaks() if len(programs) > 1 else ()
+            return nothing_found(self.model_name, graphs, breaks, hooks=hooks_of(self.model_ref()))
         if len(programs) == 1 and programs[0].analysis.inputs.latents is None:
             return (
                 f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"

@@ -36,6 +36,7 @@ from omnifx.flops import is_attention, is_opaque
 from omnifx.graph import (
     ANALYSIS,
     ARGUMENT,
+    SETTING,
     SMALL,
     Analysis,
     BitSets,
@@ -150,6 +151,7 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
         small=small,
         large=tuple(i for i in rest if i not in small),
         static=tuple(sorted(fixed)),
+        settings=tuple(i for i in sorted(fixed) if placeholders[i].meta.get(SETTING)),
         names=tuple(node.name for node in placeholders),
     )
 
