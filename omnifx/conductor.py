@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from omnifx.clock import Marked, Reading, Timeline
+from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning
 from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
 from omnifx.policy import Policy
@@ -98,6 +98,7 @@ class Conductor:
         record_only: Only measure; never follow a plan.
         inactive: Why nothing can be reused; empty if it can.
         explain_nothing: Why nothing can be reused of the parts of a broken model.
+        others: All conductors of the same model.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Conductor:
         learned: Callable[[Conductor, Profile], None] | None = None,
         record_only: bool = False,
         inactive: str = "",
+        others: Callable[[], Sequence[Conductor]] = tuple,
         explain_nothing: Callable[[Sequence[Program]], str] = lambda programs: "no branch can be reused",
     ) -> None:
         self.inputs = inputs
@@ -145,6 +147,7 @@ class Conductor:
         self.streams = Streams(store, log)
         self.lock = threading.RLock()
         self._mark = mark
+        self._others = others
         self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
@@ -302,6 +305,7 @@ class Conductor:
                 assert stream is not None  # some plan starts here
                 return self._call(stream, self._compute_row, None, "", reading, weights)
         if mark not in self._recorded:
+            reason = reason or self._came_amid(reading, mark)
             self._recorded[mark] = (Recording(self.inputs), [])
         self.streams.leave_behind(reading, mark)
         recording, streams = self._recorded[mark]
@@ -318,6 +322,19 @@ class Conductor:
         call = self._call(stream, self._compute_row, None, reason, reading, weights)
         call.latents = latents.detach() if latents is not None else None
         return call
+
+    def _came_amid(self, reading: Reading, mark: Marked | None) -> str:
+        """Why a recording begins here, if a generation that another graph of the model has begun goes on with it."""
+        for stream in [s for other in self._others() if other is not self for s in other.streams]:
+            if stream.mark is not mark or len(stream.last.sample) != len(reading.sample):
+                continue
+            nears = [e.timeline.moves[min(stream.step + 1, len(e.timeline.moves) - 1)] for e in stream.entries]
+            if any(0 < reading.moved_from(stream.last) <= largest_move(near) for near in nears):
+                return (
+                    "the model runs another graph than this generation began with: its adapters, weights or settings "
+                    "were changed meanwhile"
+                )
+        return ""
 
     def keep(self, call: Call, output: Tensor | None, noise: Tensor | None) -> None:
         """Add a recorded step: its latents, what the model gave, and the noise that reuse would have caused."""

@@ -150,6 +150,7 @@ class Session:
             make_profile=self._profile,
             record_only=self.record_only,
             inactive=inactive,
+            others=lambda: self.conductors,
             explain_nothing=self._inactive,
             fingerprint=fingerprint,
             mark=lambda: marked_for(self),
