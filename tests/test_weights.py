@@ -528,6 +528,26 @@ def test_weights_that_come_anew_for_each_call_with_the_same_values_keep_their_ca
     assert last(fast).speedup > 1.6
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["root", "blocks"])
+def test_a_change_of_offloaded_weights_in_the_middle_is_noticed(whole: bool, tmp_path: Path) -> None:
+    tiny = TINY["pixart"]()
+    (offload_root if whole else offload_blocks)(tiny, tmp_path)
+    fast = calibrated(tiny)
+    name = "transformer_blocks.0.ff.net.2.weight"
+    weight = tiny.model._hf_hook.weights_map[name] if whole else tiny.model.get_parameter(name)
+    kept = weight.detach().clone()
+
+    def overwrite(step: int) -> None:
+        if step in (0, 2):
+            weight.data.copy_(-kept if step else kept)
+
+    image = play(fast, tiny, seed=1, before=overwrite)
+
+    assert last(fast).reasons == {CHANGED: 1}
+    assert letters_of(last(fast)) == "FrFFr"
+    assert distance(image, play(reference(tiny, "FrFFr"), tiny, seed=1, before=overwrite)) < 1e-5
+
+
 def offload_leaves(tiny: Tiny, folder: Path) -> None:
     """diffusers brings the weights of each layer."""
     offload_blocks(tiny, folder, kind="leaf_level")
