@@ -179,7 +179,7 @@ def test_adapters_come_and_go_between_generations_as_cheaply_as_with_plain_compi
     assert not any(ours[what] for what in ours if what in ("scale a twice", "scale a again"))
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "flux"))])
 def test_a_lora_adds_no_branches_and_hides_none(name: str) -> None:
     peft = pytest.importorskip("peft")
     tiny = TINY[name]()
@@ -195,6 +195,7 @@ def test_a_lora_adds_no_branches_and_hides_none(name: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_peft_itself_injects_is_followed_and_merged_and_taken_out() -> None:
     peft = pytest.importorskip("peft")
     tiny = TINY["pixart"]()
@@ -292,7 +293,9 @@ def test_another_graph_in_the_middle_of_a_generation_computes_and_says_so(
     assert distance(image, expected) < 1e-5
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["equal ranks", "padded ranks"])
+@pytest.mark.parametrize(
+    "prepared", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["equal ranks", "padded ranks"]
+)
 def test_a_hot_swapped_lora_is_seen_between_generations_and_within_one(prepared: bool, tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
         model = TINY["sd3"]().model
@@ -515,7 +518,9 @@ def offload_blocks_to_disk(tiny: Tiny, folder: Path) -> None:
     offload_blocks(tiny, folder, offload_to_disk_path=str(folder))
 
 
-@pytest.mark.parametrize("hook", [align_root, offload_root, offload_blocks, offload_blocks_to_disk])
+@pytest.mark.parametrize(
+    "hook", [align_root, offload_root, pytest.param(offload_blocks, marks=pytest.mark.slow), offload_blocks_to_disk]
+)
 def test_weights_that_come_anew_for_each_call_with_the_same_values_keep_their_caches(
     hook: Callable[[Tiny, Path], None], tmp_path: Path
 ) -> None:
@@ -574,7 +579,7 @@ def cast_layers(tiny: Tiny, folder: Path) -> None:
         pytest.param(offload_leaves, "diffusers' group_offloading on", marks=pytest.mark.slow),
         pytest.param(offload_layers, "accelerate's AlignDevicesHook on", marks=pytest.mark.slow),
         (dispatch, "accelerate's AlignDevicesHook on"),
-        (cast_layers, "diffusers' layerwise_casting on"),
+        pytest.param(cast_layers, "diffusers' layerwise_casting on", marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
