@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
 from omnifx.boundary import CAPTURE, compiled_call
-from omnifx.capture import capture, root_module, state_inputs
+from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
 
@@ -45,7 +45,8 @@ def omnicache(
             return gm  # this one call runs as it is
     elif model is not None and (argument := _model_argument(model)):
         _guard_identity(argument)  # not for parts of a model, which its blocks may share
-    static, session.names = state_inputs(gm)
+    static, names = state_inputs(gm)
+    session.names = [names[i] for i in origins_of(example_inputs)]
     digest = weights_hash([example_inputs[i] for i in static])
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **session.options.inductor}
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from omnifx.clock import Reader
 from omnifx.flops import numel
 from omnifx.graph import SMALL, Inputs
-from omnifx.weights import WeightWatch
+from omnifx.weights import HABIT, WeightWatch, plain
 
 if TYPE_CHECKING:
     from omnifx.conductor import Call, Conductor
@@ -90,6 +90,7 @@ class Boundary:
         self.make_conductor = make_conductor
         self.underway = underway
         self.watch = WeightWatch(())
+        self._probes_tell = True  # until it is seen that something overwrites the weights between calls
         self._kinds: dict[object, tuple[Conductor, Reader]] = {}
         self._unseen: tuple[Call, Conductor] | None = None  # a call whose end no hook reports
         self._codes: dict[int, CodeType] = {}  # what Dynamo saw of the model, by identity
@@ -183,13 +184,19 @@ class Boundary:
         if conductor.inactive:
             return
         with conductor.lock:
-            if not self.watch.probes:
-                self.watch.choose(list(self.model.parameters()))
-            reading = reader.read(leaves, self.watch.probes)
+            reading = reader.read(leaves, self._probes())
             self.watch.compare(reading.probes)
+            if self.watch.changes >= HABIT:
+                self._probes_tell = False
+            if not self._probes_tell:
+                conductor.distrust_weights()
             where = reader.inputs.latents
             call = conductor.decide(reading, leaves[where] if where is not None else None, weights=self.watch.version)
         self.underway.call, self.underway.conductor = call, conductor
+
+    def _probes(self) -> list[Tensor]:
+        """Samples of the weights between calls; offloading may leave nothing there, or memory that holds no values."""
+        return self.watch.samples(plain(list(self.model.parameters()))) if self._probes_tell else []
 
     @torch.no_grad()
     def leave(self, output: Any) -> None:

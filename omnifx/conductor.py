@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from omnifx.clock import Marked, Reading, Timeline
+from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
 from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
 from omnifx.policy import Policy
@@ -106,6 +106,7 @@ class Conductor:
         record_only: Only measure; never follow a plan.
         inactive: Why nothing can be reused; empty if it can.
         explain_nothing: Why nothing can be reused of the parts of a broken model.
+        others: All conductors of the same model.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Conductor:
         learned: Callable[[Conductor, Profile], None] | None = None,
         record_only: bool = False,
         inactive: str = "",
+        others: Callable[[], Sequence[Conductor]] = tuple,
         explain_nothing: Callable[[Sequence[Program]], str] = lambda programs: "no branch can be reused",
     ) -> None:
         self.inputs = inputs
@@ -148,12 +150,14 @@ class Conductor:
         self.inactive = inactive
         self.explain_nothing = explain_nothing
         self.profiles: list[Profile] = []
+        self.distrusts_weights = False  # whether all parts sum up their weights' bits at every call
         self.following = False  # whether a generation has followed a plan yet
         self.parts: list[Part] = []
         self._by_call: dict[tuple[int, int], Part] = {}
         self.streams = Streams(store, log)
         self.lock = threading.RLock()
         self._mark = mark
+        self._others = others
         self._recorded: dict[_Key, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
@@ -191,7 +195,8 @@ class Conductor:
     def _add_part(self, program: Program, occurrence: int, num_bytes: int) -> Part:
         index = len(self.parts)
         start = sum(len(p.program.names) for p in self.parts)
-        watch = WeightWatch(program.analysis.inputs.static, probes=not self.broken)
+        watch = WeightWatch(program.analysis.inputs.static, program.analysis.inputs.settings)
+        watch.sums_always = self.distrusts_weights
         part = Part(index, program, start, f"graph{index}." if self.broken else "", watch, num_bytes)
         self.parts.append(part)
         self._by_call[id(program), occurrence] = part
@@ -231,6 +236,12 @@ class Conductor:
                 )
                 self.tell(self.inactive)
         return part
+
+    def distrust_weights(self) -> None:
+        """Samples of the weights tell nothing here: let every part sum up the bits of its own at every call."""
+        self.distrusts_weights = True
+        for part in self.parts:
+            part.watch.sums_always = True
 
     # -- plans ---------------------------------------------------------------------------------------------------------
 
@@ -376,6 +387,7 @@ class Conductor:
                 assert stream is not None  # some plan starts here
                 return self._call(stream, self._compute_row, None, "", reading, weights)
         if key not in self._recorded:
+            reason = reason or self._came_amid(reading, mark)
             self._recorded[key] = (Recording(self.inputs), [])
         self.streams.leave_behind(reading, mark)
         recording, streams = self._recorded[key]
@@ -392,6 +404,19 @@ class Conductor:
         call = self._call(stream, self._compute_row, None, reason, reading, weights)
         call.latents = latents.detach() if latents is not None else None
         return call
+
+    def _came_amid(self, reading: Reading, mark: Marked | None) -> str:
+        """Why a recording begins here, if a generation that another graph of the model has begun goes on with it."""
+        for stream in [s for other in self._others() if other is not self for s in other.streams]:
+            if stream.mark is not mark or len(stream.last.sample) != len(reading.sample):
+                continue
+            nears = [e.timeline.moves[min(stream.step + 1, len(e.timeline.moves) - 1)] for e in stream.entries]
+            if any(0 < reading.moved_from(stream.last) <= largest_move(near) for near in nears):
+                return (
+                    "the model runs another graph than this generation began with: its adapters, weights or settings "
+                    "were changed meanwhile"
+                )
+        return ""
 
     def keep(self, call: Call, output: Tensor | None, noise: Tensor | None) -> None:
         """Add a recorded step: its latents, what the model gave, and the noise that reuse would have caused."""
@@ -463,6 +488,8 @@ class Conductor:
             return
         if any(stream.homeless for stream in streams):
             return  # nothing was cached, so nothing is known of what reuse would cause
+        if self.inactive:
+            return
         if problem := recording.problem():
             self.tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
             return

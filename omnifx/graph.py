@@ -22,6 +22,8 @@ PLAIN_NAME = "omnifx_plain_name"
 """What the model's author calls an input."""
 ARGUMENT = "omnifx_argument"
 """Where in the call of the model an input's value stood; 0 if unknown."""
+SETTING = "omnifx_setting"
+"""True for an input that is a number kept in a module (a LoRA's scale)."""
 EXTRA_INPUTS = "omnifx_extra_inputs"
 EXTRA_OUTPUTS = "omnifx_extra_outputs"
 CONDITIONS = "omnifx_conditions"
@@ -37,6 +39,8 @@ class Inputs:
 
     `latents` is what the sampler moves, `small` inputs (timesteps, labels, scales) are read by the clock at every call,
     `large` ones (text, masks, position tables) are watched for change, `static` ones are parameters and buffers.
+    `settings`, which are among the static ones, are numbers kept in modules (a LoRA's scale): they come in a new tensor
+    at each call.
     `further_latents`, which are among the large ones, move as well: the audio of a model of video and audio.
     """
 
@@ -54,6 +58,8 @@ class Inputs:
     def plain_name(self, position: int) -> str:
         """The name of an input that another capture of the same model has as well; empty if unknown."""
         return self.plain_names[position] if position < len(self.plain_names) else ""
+
+    settings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -372,6 +378,7 @@ __all__ = [
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
     "PLAIN_NAME",
+    "SETTING",
     "SMALL",
     "Analysis",
     "BitSets",

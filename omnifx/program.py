@@ -218,7 +218,11 @@ class Program:
         return Conditions(
             flops=total_flops(gm),
             names=tuple(label.partition(":")[2] for label in gm.meta[EXTRA_OUTPUTS]),
-            weights=tuple(i for i in self.analysis.inputs.static if placeholders[i].users),
+            weights=tuple(
+                i
+                for i in self.analysis.inputs.static
+                if placeholders[i].users and i not in self.analysis.inputs.settings
+            ),
             run=self.lowering(gm, self.inputs, num_extra_inputs=0),
         )
 

@@ -141,7 +141,7 @@ class Runner:
         part, latents = conductor.parts[0], self.program.analysis.inputs.latents
         with self._lock:
             part.watch.look(args)
-            reading = self.reader.read(args, part.watch.probes)
+            reading = self.reader.read(args, part.watch.probes(args))
             part.watch.compare(reading.probes)
             sizes = self.program.sizes.at(args)
             call = conductor.decide(

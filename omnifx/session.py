@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import hashlib
 import threading
+import uuid
 import warnings
 import weakref
 from collections import Counter
@@ -30,6 +31,7 @@ from omnifx.clock import Marked, Reading, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
 from omnifx.graph import Branch, Inputs, hint
+from omnifx.hooks import hooks_of
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -41,6 +43,7 @@ from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
 from omnifx.trunks import with_trunks
 from omnifx.unmatched import nothing_found
+from omnifx.weights import plain
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
@@ -149,6 +152,7 @@ class Session:
             make_profile=self._profile,
             record_only=self.record_only,
             inactive=inactive,
+            others=lambda: self.conductors,
             explain_nothing=self._inactive,
             fingerprint=fingerprint,
             mark=lambda: marked_for(self),
@@ -166,7 +170,10 @@ class Session:
         if found is None or self.boundary is not None or not self.policy.needs_profile:
             return
         model, owner, args, kwargs = found
-        digest = weights_hash(list(model.parameters()))
+        parameters = list(model.parameters())
+        digest = weights_hash(parameters)
+        if any(parameter.is_meta for parameter in parameters):  # offloaded: nothing here tells checkpoints apart
+            digest = uuid.uuid4().hex
 
         def make_conductor(inputs: Inputs, latents: Tensor | None) -> Conductor:
             reason = (
@@ -262,7 +269,9 @@ class Session:
                 "caches are not known before it runs; nothing is reused"
             )
         if not any(program.names for program in programs):
-            return nothing_found(self.model_name, [(program.gm, program.analysis) for program in programs])
+            graphs = [(program.gm, program.analysis) for program in programs]
+            breaks = known_breaks() if len(programs) > 1 else ()
+            return nothing_found(self.model_name, graphs, breaks, hooks=hooks_of(self.model_ref()))
         if len(programs) == 1 and programs[0].analysis.inputs.latents is None:
             return (
                 f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
@@ -580,7 +589,7 @@ def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
 def weights_hash(values: Sequence[Any]) -> str:
     """A fingerprint of parameters: shapes, types and up to 64 evenly spread elements of each, as stored."""
     digest = hashlib.sha256()
-    for value in values:
+    for value in plain(values):
         if not isinstance(value, Tensor):
             continue
         digest.update(f"{tuple(value.shape)}{value.dtype}".encode())

@@ -27,7 +27,11 @@ _KINDS = {
 
 
 def nothing_found(
-    model: str, graphs: Sequence[tuple[fx.GraphModule, Analysis]], breaks: Sequence[GraphBreak] = ()
+    model: str,
+    graphs: Sequence[tuple[fx.GraphModule, Analysis]],
+    breaks: Sequence[GraphBreak] = (),
+    *,
+    hooks: str = "",
 ) -> str:
     """One message: operators, heavy operators by kind, residual adds and why each was refused, what to do."""
     heavy: Counter[str] = Counter()
@@ -54,6 +58,8 @@ def nothing_found(
     if breaks:
         more = f", and {len(breaks) - 1} more" if len(breaks) > 1 else ""
         lines.append(f"Graph breaks: {breaks[0].place}{more}; the first: {breaks[0].reason} Remove them first.")
+    if hooks:
+        lines.append(hooks)
     return "\n  ".join([*lines, _ADVICE])
 
 

@@ -37,6 +37,7 @@ from omnifx.graph import (
     ANALYSIS,
     ARGUMENT,
     PLAIN_NAME,
+    SETTING,
     SMALL,
     Analysis,
     BitSets,
@@ -153,6 +154,7 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
         large=tuple(i for i in rest if i not in small),
         static=tuple(sorted(fixed)),
         sizes=sizes,
+        settings=tuple(i for i in sorted(fixed) if placeholders[i].meta.get(SETTING)),
         names=tuple(node.name for node in placeholders),
         plain_names=tuple(node.meta.get(PLAIN_NAME, "") for node in placeholders),
     )

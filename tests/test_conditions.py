@@ -165,16 +165,28 @@ def test_another_label_has_rows_of_its_own() -> None:
     assert torch.allclose(image, generate(Reference(model, PLAN), seed=2, steps=STEPS, label=7), atol=2e-5)
 
 
-def test_a_watch_without_probes_reads_no_values() -> None:
+def test_a_watch_keeps_no_view_of_weights_that_come_and_go() -> None:
+    watch = WeightWatch((0, 1))
+    kept = [torch.zeros(4, 4), torch.zeros(4, 4)]
+    held = []
+
+    for weights in (kept, kept, kept, [torch.zeros(4, 4), torch.zeros(4, 4)]):
+        watch.look(weights)
+        assert [sample.tolist() for sample in watch.probes(weights)] == [[0.0, 0.0]]
+        held.append(len(watch._views))
+
+    assert held == [0, 1, 1, 0]
+
+
+def test_a_watch_counts_what_was_written() -> None:
     weights = [torch.zeros(4, 4), torch.zeros(4, 4)]
-    watch = WeightWatch((0, 1), probes=False)
+    watch = WeightWatch((0, 1))
+    versions = []
 
-    watch.look(weights)
-    first = watch.version
-    watch.look(weights)
-    same = watch.version
-    weights[1].add_(1.0)
-    watch.look(weights)
+    for write in (None, None, weights[1]):
+        if write is not None:
+            write.add_(1.0)
+        watch.look(weights)
+        versions.append(watch.version)
 
-    assert watch.probes == []
-    assert (first, same, watch.version) == (1, 1, 2)
+    assert versions == [1, 1, 2]

@@ -126,5 +126,5 @@ def test_a_graph_that_reads_other_conditions_than_promised_is_refused() -> None:
     HoistConditions()(traced.gm)
     traced.gm.meta[EXTRA_INPUTS] = ["condition:other"]
 
-    with pytest.raises(PassError, match="reads .*condition:other.*, but the conditions' graph returns"):
+    with pytest.raises(PassError, match=r"reads .*condition:other.*, but the conditions' graph returns"):
         HoistConditions().ensures(traced.gm)
