@@ -43,7 +43,9 @@ def omnicache(
     elif model is not None and (argument := _model_argument(model)):
         _guard_identity(argument)  # not for parts of a model, which its blocks may share
     static, session.names = state_inputs(gm)
-    digest = weights_hash([example_inputs[i] for i in static])
+    # All of them where they are known: at another size a model may use another table of positions.
+    known = [*model.parameters(), *model.buffers()] if model is not None and not broken else []
+    digest = weights_hash(known or [example_inputs[i] for i in static])
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **session.options.inductor}
 
     def inner(graph: fx.GraphModule, inputs: Sequence[Any], static: tuple[int, ...], arguments: dict[str, Any]) -> Any:
