@@ -52,8 +52,8 @@ class Ran:
 
 
 def case() -> models.Case:
-    """The model: 4 x 192, 32 text tokens."""
-    return models.pixart(depth=4, width=192, tokens=256)
+    """The model: 3 x 192, 32 text tokens."""
+    return models.pixart(depth=3, width=192, tokens=256)
 
 
 def at_size(original: models.Case, height: int, width: int) -> models.Case:

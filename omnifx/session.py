@@ -247,7 +247,9 @@ class Session:
         if self.options.profile_cache:
             self._save_profile(conductor, profile)
         plan = next((entry.plan for entry in conductor.entries if entry.profile is profile), None)
-        for other in self.conductors if plan is not None else ():
+        if plan is None:  # the policy refused
+            return
+        for other in self.conductors:
             if other is not conductor and not other.inactive:
                 self._share(profile, plan, other)
 

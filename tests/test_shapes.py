@@ -25,6 +25,7 @@ from tests.toys import (
     EAGER,
     TINY,
     Block,
+    FreeDiT,
     Pattern,
     Reference,
     Tiny,
@@ -48,14 +49,7 @@ FULL = "F" * STEPS
 SHAPES: tuple[Shape, ...] = ((1, 4, 8, 12), (1, 4, 12, 8), (2, 4, 16, 8), (1, 4, 8, 12))
 """Latents of one generation after another: other sides, another batch, and the first shape again."""
 
-MORE_SHAPES: tuple[Shape, ...] = (
-    (1, 4, 8, 12),
-    (1, 4, 12, 8),
-    (1, 4, 8, 8),
-    (2, 4, 8, 12),
-    (3, 4, 16, 8),
-    (1, 4, 8, 12),
-)
+MORE_SHAPES: tuple[Shape, ...] = (*SHAPES[:2], (1, 4, 8, 8), (2, 4, 8, 12), (3, 4, 16, 8), SHAPES[0])
 
 DYNAMIC = pytest.mark.parametrize("dynamic", [None, True, False], ids=["automatic", "dynamic", "static"])
 
@@ -499,6 +493,29 @@ def test_inputs_go_by_their_names_where_a_larger_picture_has_too_many_positions_
     assert [letters_of(log) for log in logs(fast)] == [FULL, PLAN]
     reference = Reference(model, PLAN, modules=("inner.blocks.0.attn", "inner.blocks.0.mlp"), stream_of=lambda *args: 0)
     assert distance(images[1], image_of(lambda *args: reference(grid(30, 48), *args), (1, 4, 60, 96))) < 1e-5
+
+
+def test_a_table_that_one_size_alone_reads_does_not_make_another_model() -> None:
+    fast = compiled(_Tabled(), dynamic=False)
+
+    for shape in SHAPES[:2]:
+        image_of(fast, shape)
+
+    assert [letters_of(log) for log in logs(fast)] == [FULL, PLAN]
+
+
+class _Tabled(FreeDiT):
+    """A toy that keeps the positions of its first size, as models of diffusers do."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(num_blocks=1)
+        lively(self)
+        self.register_buffer("table", super().positions(4, 6))
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        return self.table if (rows, columns) == (4, 6) else super().positions(rows, columns)
 
 
 class _Placed(nn.Module):
