@@ -202,6 +202,8 @@ class Boundary:
     def leave(self, output: Any) -> None:
         """A call is over; `output` is what the caller gets, None if it failed."""
         self._end_capture()
+        if self.capturing == "whole" and not self.bypassed:
+            self.capturing = "failed"  # Dynamo found nothing to capture at all
         call, conductor = self.underway.call, self.underway.conductor
         self.underway.call = self.underway.conductor = None
         if call is not None and conductor is not None and output is not None:

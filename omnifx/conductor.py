@@ -35,6 +35,10 @@ _Key = tuple[Marked | None, tuple[tuple[int, ...], ...]]
 """A mark, and the shapes of a call's inputs: what is recorded together."""
 
 
+PATIENCE = 4
+"""Steps of which nothing is captured until a model is given up: the first two or three only try how to capture it."""
+
+
 @dataclass
 class Part:
     """One graph call of a step, in the order of the calls."""
@@ -162,6 +166,7 @@ class Conductor:
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
         self._unseen_output = False
+        self._empty_steps = 0  # steps in a row of which nothing was captured
         self._sealed = False  # whether all parts of a step are known
         self.missed_start = False  # whether the generation under way began before the graph was captured
         if program is not None:
@@ -443,7 +448,8 @@ class Conductor:
             stream.log.steps.append(call.log)
         if stream.is_last_step:
             self.streams.drop(stream.key)
-        if self.parts and not self.names and not self.inactive:
+        self._empty_steps = 0 if self.parts else self._empty_steps + 1
+        if not self.names and not self.inactive and (self.parts or self._empty_steps >= PATIENCE):
             self.inactive = self.explain_nothing([part.program for part in self.parts])
             self.tell(self.inactive)
 
