@@ -131,7 +131,7 @@ def test_more_shapes_in_both_lowerings(dynamic: bool | None, lowering: str) -> N
 def test_the_first_shape_is_served_as_before_when_it_comes_back() -> None:
     model = free_toy()
     fast = compiled(model, dynamic=None)
-    for shape in SHAPES:
+    for shape in (*SHAPES[:2], SHAPES[0]):
         image_of(fast, shape)
     graphs, variants = counters["stats"]["unique_graphs"], omnifx.stats(fast).variants_compiled
 
@@ -215,8 +215,8 @@ def test_corrections_are_filtered_at_the_size_of_the_call() -> None:
     model = free_toy()
     policy = Filtered(pattern="FFcc")
     fast = compiled(model, policy=policy)
-    for shape in SHAPES[:2]:
-        image_of(fast, shape)
+    image_of(fast, SHAPES[0])
+    find_session(fast).finish()
     ((profile, plan),) = omnifx.plans(fast)[:1]
     image = image_of(fast, (1, 4, 12, 16), seed=2)
     torch._dynamo.reset()
@@ -286,7 +286,7 @@ def test_interleaved_generations_of_two_sizes_keep_to_their_own_caches() -> None
         assert_is_reference(image, model, PLAN, shape, seed=5)
 
 
-@DYNAMIC
+@pytest.mark.parametrize("dynamic", [None, False], ids=["automatic", "static"])
 def test_a_shape_captured_while_another_generation_runs_never_reads_its_caches(dynamic: bool | None) -> None:
     model = free_toy()
     fast = compiled(model, dynamic=dynamic)
@@ -386,7 +386,7 @@ def test_a_generation_over_the_budget_is_not_learned_from() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OmnifxWarning)
         image_of(fast, (1, 4, 16, 12))
-    find_session(fast).finish()
+        find_session(fast).finish()
 
     assert omnifx.plans(fast) == []
 
