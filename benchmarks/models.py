@@ -23,6 +23,7 @@ class Case:
     inputs: Callable[[int], dict[str, Any]]
     """Keyword arguments of one call with latents of a seed; the sampler replaces latents and timestep."""
     channels: int
+    batch: int
 
 
 def pixart(depth: int = 12, width: int = 384, tokens: int = 256, batch: int = 1) -> Case:
@@ -52,7 +53,7 @@ def pixart(depth: int = 12, width: int = 384, tokens: int = 256, batch: int = 1)
             "return_dict": False,
         }
 
-    return Case("pixart-like", lively(model), inputs, 4)
+    return Case("pixart-like", lively(model), inputs, 4, batch)
 
 
 def dit(depth: int = 12, width: int = 384, tokens: int = 256, batch: int = 1) -> Case:
@@ -78,7 +79,7 @@ def dit(depth: int = 12, width: int = 384, tokens: int = 256, batch: int = 1) ->
             "return_dict": False,
         }
 
-    return Case("dit-like", lively(model), inputs, 4)
+    return Case("dit-like", lively(model), inputs, 4, batch)
 
 
 CASES: dict[str, Callable[..., Case]] = {"pixart": pixart, "dit": dit}

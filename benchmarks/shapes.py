@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def at_size(original: models.Case, height: int, width: int) -> models.Case:
         latents = models.noise((1, original.channels, height, width), seed)
         return {**original.inputs(seed), "hidden_states": latents}
 
-    return models.Case(original.name, original.model, inputs, original.channels)
+    return replace(original, inputs=inputs)
 
 
 def measure(dynamic: bool | None, method: str, *, steps: int, lowering: str) -> dict[str, Any]:

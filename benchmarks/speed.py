@@ -1,12 +1,15 @@
 """Measured time against plain ``torch.compile``: whole generations, one full step, and compilation.
 
-    python -m benchmarks.speed [--models pixart dit] [--steps 50] [--repeats 5] [--threads 1] [--out FILE]
+    python -m benchmarks.speed [--models pixart dit] [--batches 1 2] [--steps 50]
+        [--repeats 5] [--threads 1] [--out FILE]
 
 Generations are timed in turn (plain, omnifx, plain, ...) in one process, and ratios are taken pair by pair, so that a
-machine whose speed drifts does not decide. Compile times come from fresh processes with empty Inductor caches, as CPU
-seconds of the process and its compilers: on a shared machine wall time says little. Bounds that the project holds
-itself to: measured speedup at least 0.95 of the FLOPs ratio; a full step at most 1.03 of plain; compilation of all
-variants at most 1.5 of plain.
+machine whose speed drifts does not decide. A full step is the mean of a short generation of full steps only, timed in
+turn with a plain one: calls timed alternately would each meet the caches that the other has just emptied. Batch 2 is
+one image with classifier-free guidance, both halves in one call; batch 1 is guidance-free. Compile times come from
+fresh processes with empty Inductor caches, as CPU seconds of the process and its compilers: on a shared machine wall
+time says little. Bounds that the project holds itself to: measured speedup at least 0.95 of the FLOPs ratio; a full
+step at most 1.03 of plain; compilation of all variants at most 1.5 of plain.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ def measure_generations(case: Case, *, steps: int, repeats: int, speedups: tuple
         rows.append(
             {
                 "model": case.name,
+                "batch": case.batch,
                 "asked": speedup,
                 "steps": steps,
                 "full/reuse": f"{steps - plan.num_reuse_steps}/{plan.num_reuse_steps}",
@@ -77,9 +81,10 @@ def measure_generations(case: Case, *, steps: int, repeats: int, speedups: tuple
     return rows
 
 
-def measure_full_step(case: Case, *, repeats: int) -> list[dict[str, Any]]:
-    """One full step, with what a recording adds, against plain: alternating calls."""
+def measure_full_step(case: Case, *, repeats: int, steps: int = 10) -> list[dict[str, Any]]:
+    """Generations of full steps only, with the cuts written and with what a recording adds, in turn with plain ones."""
     plain = torch.compile(case.model)
+    generate(plain, case, seed=0, steps=2)
     rows = []
     for label, policy, record in (
         ("full + cuts", "fora", False),
@@ -87,23 +92,20 @@ def measure_full_step(case: Case, *, repeats: int) -> list[dict[str, Any]]:
     ):
         options = {"policy": policy, "record_only": record, "profile_cache": False, "speedup": 1.0}
         compiled = torch.compile(case.model, backend="omnicache", options=options)
-        inputs = case.inputs(0)
-        times: list[tuple[float, float]] = []
-        with torch.no_grad():
-            for repeat in range(repeats + 2):
-                inputs["timestep"] = torch.full_like(inputs["timestep"], 981 - repeat)
-                inputs["hidden_states"] = inputs["hidden_states"] * 0.999
-                base = clock_of(lambda: plain(**inputs))  # noqa: B023
-                ours = clock_of(lambda: compiled(**inputs))  # noqa: B023
-                if repeat >= 2:
-                    times.append((base, ours))
+        generate(compiled, case, seed=0, steps=steps)
+        pairs = []
+        for repeat in range(repeats):
+            base = clock_of(lambda: generate(plain, case, seed=1 + repeat, steps=steps))  # noqa: B023
+            ours = clock_of(lambda: generate(compiled, case, seed=1 + repeat, steps=steps))  # noqa: B023
+            pairs.append((base / steps, ours / steps))
         rows.append(
             {
                 "model": case.name,
+                "batch": case.batch,
                 "step": label,
-                "plain ms": 1e3 * statistics.median(base for base, _ in times),
-                "omnifx ms": 1e3 * statistics.median(ours for _, ours in times),
-                "ratio": statistics.median(ours / base for base, ours in times),
+                "plain ms": 1e3 * statistics.median(base for base, _ in pairs),
+                "omnifx ms": 1e3 * statistics.median(ours for _, ours in pairs),
+                "ratio": statistics.median(ours / base for base, ours in pairs),
             }
         )
     return rows
@@ -153,9 +155,10 @@ def main() -> None:
     """Run all three measurements and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["pixart", "dit"], choices=sorted(CASES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--step-repeats", type=int, default=15)
+    parser.add_argument("--step-repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parts", nargs="+", default=["generations", "full", "compilation"])
     parser.add_argument("--out", default="")
@@ -167,13 +170,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     figures: dict[str, list[dict[str, Any]]] = {part: [] for part in args.parts}
     for name in args.models:
-        case = CASES[name]()
-        if "generations" in figures:
-            figures["generations"] += measure_generations(
-                case, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5)
-            )
-        if "full" in figures:
-            figures["full"] += measure_full_step(case, repeats=args.step_repeats)
+        for case in (CASES[name](batch=batch) for batch in args.batches):
+            if "generations" in figures:
+                figures["generations"] += measure_generations(
+                    case, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5)
+                )
+            if "full" in figures:
+                figures["full"] += measure_full_step(case, repeats=args.step_repeats)
         if "compilation" in figures:
             figures["compilation"] += measure_compilation(name)
         if args.out:
