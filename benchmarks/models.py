@@ -96,8 +96,13 @@ def timesteps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def generate(model: Callable[..., Any], case: Case, *, seed: int, steps: int) -> Tensor:
-    """An Euler-like loop around any callable with the model's convention; the latents drift by a few percent a step."""
+def generate(
+    model: Callable[..., Any], case: Case, *, seed: int, steps: int, each: Callable[[], object] = lambda: None
+) -> Tensor:
+    """An Euler-like loop around any callable with the model's convention; the latents drift by a few percent a step.
+
+    `each` is called after every step.
+    """
     inputs = case.inputs(seed)
     latents = inputs["hidden_states"]
     for time in timesteps(steps):
@@ -105,4 +110,5 @@ def generate(model: Callable[..., Any], case: Case, *, seed: int, steps: int) ->
         inputs["timestep"] = torch.full_like(inputs["timestep"], time)
         output = model(**inputs)[0]
         latents = latents - (1.0 / steps) * output[:, : case.channels]
+        each()
     return latents

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,22 @@ class Table:
         self._rows.clear()
         self.held_bytes = 0
 
-    def read(self, small: Small, args: Sequence[Any], *, version: int, copies: bool) -> tuple[dict[str, Tensor], bool]:
+    def read(
+        self,
+        small: Small,
+        args: Sequence[Any],
+        *,
+        version: int,
+        strides: Callable[[str], tuple[int, ...]],
+        copies: bool,
+    ) -> tuple[dict[str, Tensor], bool]:
         """The values for a call by node name, and whether they had to be computed.
 
         Args:
             small: Values of the call's small inputs.
             args: The call's inputs.
             version: Of the weights; another one than last time empties the table.
+            strides: Those that a value of this name is to have: the graph that reads it was compiled for them.
             copies: Whether what the graph returns is overwritten by its next run (CUDA graphs).
         """
         if version != self._version:
@@ -74,7 +83,11 @@ class Table:
         found = self._rows.get(small)
         missed = found is None
         if found is None:
-            found = tuple(value.clone() if copies else value for value in self.conditions.run(list(args)))
+            made = self.conditions.run(list(args))
+            found = tuple(
+                laid_out(value, strides(name), copies=copies)
+                for name, value in zip(self.conditions.names, made, strict=True)
+            )
             self._rows[small] = found
             self.held_bytes += sum(map(_bytes, found))
             while self.held_bytes > self.budget and len(self._rows) > 1:
@@ -83,6 +96,13 @@ class Table:
         else:
             self._rows.move_to_end(small)
         return dict(zip(self.conditions.names, found, strict=True)), missed
+
+
+def laid_out(value: Tensor, strides: tuple[int, ...], *, copies: bool = False) -> Tensor:
+    """The value with these strides; a copy if it has others, or if one is asked for."""
+    if value.stride() == strides and not copies:
+        return value
+    return value.new_empty_strided(value.shape, strides).copy_(value)
 
 
 def _bytes(value: Tensor) -> int:

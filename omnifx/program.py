@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from omnifx.backends.lowering import Lowering, Runnable
-from omnifx.conditions import Conditions
+from omnifx.conditions import Conditions, laid_out
 from omnifx.errors import CacheError
 from omnifx.graph import (
     CONDITIONS,
@@ -62,13 +62,20 @@ class Variant:
     guards: tuple[sympy.Basic, ...] = ()
     """What sizes must fulfil, if it was compiled when Dynamo's guards stood already."""
 
+    def strides_of(self, condition: str, sizes: Sizes) -> tuple[int, ...]:
+        """The strides that the graph was compiled for, of one of its conditions."""
+        return sizes.strides(self.extra_values[self.extra_inputs.index(f"condition:{condition}")])
+
     def feed(self, args: Sequence[Any], values: Mapping[str, Tensor]) -> list[Any]:
         """The inputs of one run: the model's own, then `values` by label (``cut:<node>``, ...); what is not among them
         is computed if it is a condition."""
         missing = {label.partition(":")[2] for label in self.extra_inputs if label not in values}
         made: dict[str, Tensor] = {}
         if self.conditions is not None and missing & set(self.conditions.names):
-            made = dict(zip(self.conditions.names, self.conditions.run(list(args)), strict=True))
+            made = {
+                name: laid_out(value, self.extra_values[self.extra_inputs.index(f"condition:{name}")].stride())
+                for name, value in zip(self.conditions.names, self.conditions.run(list(args)), strict=True)
+            }
         return [
             *args,
             *(values[label] if label in values else made[label.partition(":")[2]] for label in self.extra_inputs),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import omnifx
+from benchmarks.models import dit
+from benchmarks.models import generate as sample
 from omnifx.conditions import Conditions, Table
 from omnifx.session import find_session
 from omnifx.weights import WeightWatch, checksums
@@ -37,7 +39,7 @@ class Counted:
 
 
 def read(table: Table, graph: Counted, t: float, version: int = 0, copies: bool = False) -> Tensor:
-    values, _ = table.read(((t,),), graph.args(t), version=version, copies=copies)
+    values, _ = table.read(((t,),), graph.args(t), version=version, strides=lambda name: (2, 1), copies=copies)
     return values["gate"]
 
 
@@ -49,6 +51,16 @@ def test_a_row_is_computed_once() -> None:
         assert torch.equal(read(table, graph, t), torch.full((1, 2), t) @ graph.weight)
 
     assert graph.runs == 2
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_value_has_the_strides_that_its_reader_was_compiled_for(copies: bool) -> None:
+    graph = Counted()
+
+    values, _ = graph.table().read(((1.0,),), graph.args(1.0), version=0, strides=lambda name: (6, 1), copies=copies)
+
+    assert values["gate"].stride() == (6, 1)
+    assert torch.equal(values["gate"], torch.ones(1, 2) @ graph.weight)
 
 
 def test_another_version_of_the_weights_empties_the_table() -> None:
@@ -190,3 +202,18 @@ def test_a_watch_counts_what_was_written() -> None:
         versions.append(watch.version)
 
     assert versions == [1, 1, 2]
+
+
+def test_conditions_that_were_slices_of_a_larger_value_serve_a_batch_that_grows() -> None:
+    """The chunks of diffusers' DiT: their strides show from a batch of two on."""
+    images: dict[str, list[Tensor]] = {}
+    for lowering in ("eager", "inductor"):
+        torch._dynamo.reset()
+        cases = [dit(depth=1, width=64, tokens=16, batch=batch) for batch in (1, 2, 3)]
+        options = {"policy": "fora", "profile_cache": False, "lowering": lowering}
+        fast = torch.compile(cases[0].model, backend="omnicache", options=options)
+        images[lowering] = [sample(fast, case, seed=seed, steps=STEPS) for seed, case in enumerate((cases[0], *cases))]
+        assert all("reuse" in [step.variant for step in log.steps] for log in omnifx.stats(fast).generations[1:])
+
+    for image, other in zip(images["eager"], images["inductor"], strict=True):
+        assert torch.allclose(image, other, atol=1e-4)

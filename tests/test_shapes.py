@@ -117,8 +117,11 @@ def test_a_plan_measured_at_one_shape_serves_the_others_and_nothing_is_compiled_
     follow_the_plan(dynamic, lowering="eager", shapes=SHAPES)
 
 
-def test_one_inductor_graph_serves_other_shapes() -> None:
-    follow_the_plan(True, lowering="inductor", shapes=((1, 4, 8, 12), (1, 4, 12, 8)))
+@pytest.mark.parametrize(
+    "shapes", [((1, 4, 8, 12), (1, 4, 12, 8)), ((2, 4, 8, 8), (3, 4, 8, 8))], ids=["size", "batch"]
+)
+def test_one_inductor_graph_serves_other_shapes(shapes: tuple[Shape, ...]) -> None:
+    follow_the_plan(True, lowering="inductor", shapes=shapes)
 
 
 @pytest.mark.slow
