@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.utils import orig_code_map
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
@@ -134,7 +135,8 @@ class Boundary:
         frame = sys._getframe(1)
         while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
             if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
-                self._codes[id(frame.f_code)] = frame.f_code
+                caller = orig_code_map.get(frame.f_code, frame.f_code)  # what runs is what Dynamo made of it
+                self._codes[id(caller)] = caller
             frame = frame.f_back  # type: ignore[assignment]
 
     def _capture_anew(self) -> None:

@@ -443,8 +443,9 @@ class Conductor:
         """A call of a broken model is over: all its parts have run."""
         self.keep(call, output, None)
         stream = call.stream
+        call.log.variant = call.log.variant or "full"  # no part of it has branches
         if not call.logged:  # it ran before anything was captured
-            call.log.variant, call.logged = "full", True
+            call.logged = True
             stream.log.steps.append(call.log)
         if stream.is_last_step:
             self.streams.drop(stream.key)

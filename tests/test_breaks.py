@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import omnifx
 from omnifx.errors import OmnifxWarning
@@ -321,3 +323,40 @@ def test_parts_are_counted_once_a_step() -> None:
     assert [step.step for step in log.steps] == list(range(STEPS))
     assert all(step.compute == 1.0 for step in log.steps if step.variant.startswith("full"))
     assert len(find_session(fast).conductors) == 1
+
+
+@torch._dynamo.disable
+def nothing(module: nn.Module) -> None:
+    """What runs before a hooked module."""
+
+
+def hooked(module: Any, *args: Any) -> Any:
+    """The forward of all hooked modules, as accelerate's is: a break at its beginning, and no operator of its own."""
+    nothing(module)
+    return module.unhooked(*args)
+
+
+def hook(*modules: Any) -> None:
+    for module in modules:
+        module.unhooked, module.forward = module.forward, functools.partial(hooked, module)
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_behind_a_wrapper_that_dynamo_gives_up_the_graphs_are_those_of_plain_compile(limit: int) -> None:
+    """At its limit Dynamo captures nothing more in the wrapper and in all that it calls, which is the whole model."""
+    plain, model = lively(ToyDiT(2)), lively(ToyDiT(2))
+    for each in (plain, model):
+        hook(each, *each.blocks, each.norm, each.head)  # type: ignore[misc]
+
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        before = counters["stats"]["unique_graphs"]
+        generate(torch.compile(plain, backend="eager"), seed=0, steps=STEPS)
+        graphs = counters["stats"]["unique_graphs"] - before
+        fast = compiled(model)
+        images = [generate(fast, seed=seed, steps=STEPS) for seed in (0, 1)]
+
+    assert omnifx.stats(fast).graphs == graphs > 1
+    assert letters_of(omnifx.stats(fast).generations[-1]) == PLAN
+    for seed, letters in ((0, FULL), (1, PLAN)):
+        expected = generate(Reference(model, letters), seed=seed, steps=STEPS)
+        assert torch.allclose(images[seed], expected, atol=2e-5)

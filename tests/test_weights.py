@@ -600,6 +600,22 @@ def test_hooks_on_every_layer_leave_right_images_and_are_named(
     assert distance(image, play(tiny.model, tiny, seed=1)) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::omnifx.OmnifxWarning")
+def test_hooks_on_every_layer_leave_what_plain_compile_captures(tmp_path: Path) -> None:
+    tiny, twin = TINY["pixart"](), TINY["pixart"]()
+    dispatch(tiny, tmp_path)
+    dispatch(twin, tmp_path)
+
+    fast = calibrated(tiny)
+    ours, before = omnifx.stats(fast).graphs, graphs()
+    torch._dynamo.reset()
+    play(compiled(twin.model, "eager"), twin, seed=1)
+
+    assert ours == graphs() - before == 7
+    assert "in 7 graph(s)" in str(omnifx.stats(fast))
+    assert {step.variant for log in omnifx.stats(fast).generations for step in log.steps} == {"full"}
+
+
 def roam(model: nn.Module) -> None:
     """Give all weights new memory, with the same values."""
     for parameter in model.parameters():
