@@ -22,6 +22,7 @@ from omnifx.policy import Policy
 from omnifx.profile import BranchMeta, Profile
 from omnifx.recording import Recorder, Recording
 from omnifx.runlog import Log, StepLog
+from omnifx.sizes import Sizes
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
 from omnifx.weights import WeightWatch
@@ -50,8 +51,8 @@ class Part:
     prefix: str
     """What makes its names unique in the model: empty if it is the only part."""
     watch: WeightWatch
-    num_bytes: int
-    """Bytes of its cuts for one stream, at the sizes of its first call."""
+    sizes: Sizes
+    """Of its first call."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,6 +62,16 @@ class Part:
     def key(self, cut: str) -> str:
         """The name of a cut in a stream's cache."""
         return self.prefix + cut
+
+    def kept_here(self, kept: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """The names in its program of those branches of a step that are kept; None: all."""
+        if kept is None or not self.prefix:
+            return kept
+        return tuple(name.removeprefix(self.prefix) for name in kept if name.startswith(self.prefix))
+
+    def num_bytes(self, kept: tuple[str, ...] | None = None) -> int:
+        """Bytes of its cuts for one stream, at the sizes of its first call."""
+        return self.program.cache_bytes_at(self.sizes, self.kept_here(kept))
 
     def row_in(self, row: Row) -> Row:
         """What a step's row says of this part."""
@@ -170,7 +181,7 @@ class Conductor:
         self._sealed = False  # whether all parts of a step are known
         self.missed_start = False  # whether the generation under way began before the graph was captured
         if program is not None:
-            self._add_part(program, 0, program.cache_bytes)
+            self._add_part(program, 0, program.hinted_sizes)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -187,7 +198,10 @@ class Conductor:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one stream's cuts, at the sizes seen first."""
-        return sum(part.num_bytes for part in self.parts)
+        return self._num_bytes()
+
+    def _num_bytes(self, kept: tuple[str, ...] | None = None) -> int:
+        return sum(part.num_bytes(kept) for part in self.parts)
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
@@ -197,12 +211,12 @@ class Conductor:
             for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
         )
 
-    def _add_part(self, program: Program, occurrence: int, num_bytes: int) -> Part:
+    def _add_part(self, program: Program, occurrence: int, sizes: Sizes) -> Part:
         index = len(self.parts)
         start = sum(len(p.program.names) for p in self.parts)
         watch = WeightWatch(program.analysis.inputs.static, program.analysis.inputs.settings)
         watch.sums_always = self.distrusts_weights
-        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch, num_bytes)
+        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch, sizes)
         self.parts.append(part)
         self._by_call[id(program), occurrence] = part
         return part
@@ -221,19 +235,20 @@ class Conductor:
         self.parts.clear()
         self._by_call.clear()
 
-    def part_of(self, call: Call, program: Program, *, num_bytes: int) -> Part | None:
+    def part_of(self, call: Call, program: Program, *, sizes: Sizes) -> Part | None:
         """The part that a graph call of this step is; None if the first step did not have it.
 
         Args:
             call: The step.
             program: The graph.
-            num_bytes: Of its cuts at the sizes of this call.
+            sizes: The graph's, in this call.
         """
         occurrence = call.counts[id(program)]
         call.counts[id(program)] += 1
         part = self._by_call.get((id(program), occurrence))
         if part is None and not self._sealed:
-            part = self._add_part(program, occurrence, num_bytes)
+            part = self._add_part(program, occurrence, sizes)
+            num_bytes = part.num_bytes(call.stream.kept)
             if num_bytes and not self.store.enlarge(call.stream.key, num_bytes):
                 self.inactive = (
                     f"cache_budget has no room for the caches of all graphs of the model: {self.cache_bytes:,} bytes "
@@ -305,16 +320,24 @@ class Conductor:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def decide(self, reading: Reading, latents: Tensor | None, *, weights: int, num_bytes: int | None = None) -> Call:
+    def decide(
+        self,
+        reading: Reading,
+        latents: Tensor | None,
+        *,
+        weights: int,
+        num_bytes: Callable[[tuple[str, ...] | None], int] | None = None,
+    ) -> Call:
         """What the step that begins now does.
 
         Args:
             reading: What the clock read.
             latents: As they are now.
             weights: Version of the model's weights.
-            num_bytes: Of one stream's cuts at the sizes of this call; None: those of the parts known so far.
+            num_bytes: Tells the bytes of one stream's cuts at the sizes of this call, from the names of the branches
+                that it keeps (None: all); by default, those of the parts known so far.
         """
-        num_bytes = self.cache_bytes if num_bytes is None else num_bytes
+        num_bytes = num_bytes or self._num_bytes
         mark = self._mark()
         stream, reason = self.streams.proceed(reading, mark)
         if stream is None and (mark, reading.shapes) not in self._recorded:
@@ -381,7 +404,7 @@ class Conductor:
         reason: str,
         latents: Tensor | None,
         weights: int,
-        num_bytes: int,
+        num_bytes: Callable[[tuple[str, ...] | None], int],
     ) -> Call:
         """A step that no plan covers: run it in full and measure it."""
         key = (mark, reading.shapes)
@@ -398,7 +421,8 @@ class Conductor:
         recording, streams = self._recorded[key]
         number = recording.stream_of(reading)
         if number == len(streams):
-            stream = self.streams.open(reading, mark, streams[0].log if streams else None, num_bytes=num_bytes)
+            log = streams[0].log if streams else None
+            stream = self.streams.open(reading, mark, log, num_bytes=num_bytes(None))
             stream.number = number
             streams.append(stream)
         stream = streams[number]

@@ -119,6 +119,15 @@ class Plan(BaseModel):
         """Whether any step corrects its output, so that full steps must measure the noise."""
         return any(step.correction is not None for step in self.steps)
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The branches whose cuts are kept from step to step: those that some row reuses.
+
+        All of them if steps are corrected, since the noise of reusing is measured with all cuts.
+        """
+        reused = {i for row in self.variants for i, action in enumerate(row) if action == REUSE or self.reads_noise}
+        return tuple(name for i, name in enumerate(self.branches) if i in reused)
+
     @classmethod
     def uniform(cls, profile: Profile, actions: Sequence[Action], **fields: Any) -> Self:
         """A plan in which every branch does the same in a step: `actions` holds one action per step."""

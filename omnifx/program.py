@@ -104,7 +104,7 @@ class Program:
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
-        self._specs: dict[tuple[Row, bool], VariantSpec] = {}
+        self._specs: dict[tuple[Row, bool, tuple[str, ...] | None], VariantSpec] = {}
         run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
@@ -118,10 +118,13 @@ class Program:
         }
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.sizes = SizeInputs(placeholders)
+        self.hinted_sizes = Sizes(
+            tuple((s, hint(placeholders[i].meta["val"])) for s, i in self.sizes.positions.items())
+        )
         self.unsized = next((cut for cut, value in self.cut_values.items() if not self.sizes.tell(value)), "")
         self._shapes = shapes_of(self.inputs)
         self._late_guards: list[sympy.Basic] = []
-        self._bytes: dict[Sizes, int] = {}
+        self._bytes: dict[tuple[Sizes, tuple[str, ...] | None], int] = {}
         self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
         outputs = output_of(gm).args[0]
         self.noisy = noisy_outputs(gm, self.names) if self.names else []
@@ -132,11 +135,15 @@ class Program:
         )
         self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
 
-    def cache_bytes_at(self, sizes: Sizes) -> int:
-        """Bytes of one stream's cuts at these sizes; `cache_bytes` is that of the sizes seen at capture."""
-        if sizes not in self._bytes:
-            self._bytes[sizes] = sum(map(sizes.num_bytes, self.cut_values.values()))
-        return self._bytes[sizes]
+    def cache_bytes_at(self, sizes: Sizes, kept: tuple[str, ...] | None = None) -> int:
+        """Bytes of one stream's cuts at these sizes; `cache_bytes` is that of the sizes seen at capture.
+
+        `kept` names the branches whose cuts it keeps; None: all.
+        """
+        if (sizes, kept) not in self._bytes:
+            cuts = [cut for b in self.branches if kept is None or b.name in kept for cut in b.cuts]
+            self._bytes[sizes, kept] = sum(sizes.num_bytes(self.cut_values[cut]) for cut in cuts)
+        return self._bytes[sizes, kept]
 
     @property
     def filters(self) -> bool:
@@ -165,17 +172,26 @@ class Program:
         """The captured graph, unchanged."""
         return VariantSpec(self.names, self.compute_row, writes=())
 
-    def full(self, *, measures: bool) -> VariantSpec:
-        """Compute everything and return the cuts."""
-        return VariantSpec(self.names, self.compute_row, writes=self.names, measures=measures and bool(self.noisy))
+    def full(self, *, measures: bool, kept: tuple[str, ...] | None = None) -> VariantSpec:
+        """Compute everything and return the cuts, of all branches or of those that are `kept`."""
+        return VariantSpec(
+            self.names,
+            self.compute_row,
+            writes=tuple(name for name in self.names if kept is None or name in kept),
+            measures=measures and bool(self.noisy),
+        )
 
-    def reusing(self, row: Row, *, corrects: bool) -> VariantSpec:
-        """Do `row`; what it computes is returned for later steps."""
-        if (known := self._specs.get((row, corrects))) is not None:
+    def reusing(self, row: Row, *, corrects: bool, kept: tuple[str, ...] | None = None) -> VariantSpec:
+        """Do `row`; what it computes is returned for later steps, if it is among the branches that are `kept`."""
+        if (known := self._specs.get((row, corrects, kept))) is not None:
             return known
-        writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
+        writes = tuple(
+            name
+            for name, action in zip(self.names, row, strict=True)
+            if action == COMPUTE and (kept is None or name in kept)
+        )
         spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
-        self._specs[row, corrects] = spec
+        self._specs[row, corrects, kept] = spec
         return spec
 
     def variant(self, spec: VariantSpec) -> Variant:

@@ -25,6 +25,7 @@ from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
+from omnifx.streams import kept_by
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
@@ -46,6 +47,8 @@ class Job:
     """The graph's symbolic sizes in this call."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[int, Tensor] = field(default_factory=dict)
+    kept: tuple[str, ...] | None = None
+    """Branches of this part whose cuts later steps may want; None: all."""
     computed: int = 0
     """FLOPs beside those of the variant."""
 
@@ -106,11 +109,14 @@ class Runner:
         if not conductor.entries or conductor.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
             return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
-        specs = [full]
+        kept = kept_by(conductor.entries)
+        specs = [program.full(measures=False, kept=kept)]
         for entry in conductor.entries:
             if len(entry.plan.branches) == len(program.names):
                 specs += [
-                    program.reusing(row, corrects=entry.plan.reads_noise) for row in entry.plan.variants if REUSE in row
+                    program.reusing(row, corrects=entry.plan.reads_noise, kept=kept)
+                    for row in entry.plan.variants
+                    if REUSE in row
                 ]
         return list(dict.fromkeys(specs))
 
@@ -148,7 +154,7 @@ class Runner:
                 reading,
                 args[latents] if latents is not None else None,
                 weights=part.watch.version,
-                num_bytes=self.program.cache_bytes_at(sizes),
+                num_bytes=lambda kept: self.program.cache_bytes_at(sizes, kept),
             )
             return self._job(call, part, reading.small, sizes)
 
@@ -159,7 +165,7 @@ class Runner:
             return None
         with conductor.lock:
             sizes = self.program.sizes.at(args)
-            part = conductor.part_of(call, self.program, num_bytes=self.program.cache_bytes_at(sizes))
+            part = conductor.part_of(call, self.program, sizes=sizes)
             if part is None:
                 return None
             part.watch.look(args)
@@ -171,6 +177,7 @@ class Runner:
         if len(row) != len(self.program.names):
             row = self.program.compute_row
         job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
+        job.kept = part.kept_here(call.stream.kept)
         if REUSE in row and (reason := self._refusal(job)):
             job.row, job.reason = self.program.compute_row, reason
             call.correction = None
@@ -189,12 +196,13 @@ class Runner:
     def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
-        for cut in self.program.cuts_of(self.program.reusing(job.row, corrects=False)):
+        spec = self.program.reusing(job.row, corrects=job.call.stream.reads_noise, kept=job.kept)
+        for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
-        variant = self._compiled(self.program.reusing(job.row, corrects=job.call.stream.reads_noise))
+        variant = self._compiled(spec)
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
@@ -205,7 +213,7 @@ class Runner:
         program, call, stream = self.program, job.call, job.call.stream
         computes = REUSE not in job.row
         if not computes:
-            variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise))
+            variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise, kept=job.kept))
         else:
             variant = self._compiled(self._full_spec(job))
         if call.stream.step == 0:
@@ -224,13 +232,13 @@ class Runner:
         return outputs[: program.num_outputs]
 
     def _full_spec(self, job: Job) -> VariantSpec:
-        """How to compute everything: with cuts, unless there is no room for them."""
+        """How to compute everything: with the cuts that are kept, unless there is no room for them."""
         program = self.program
         if not program.names:
             return program.plain
         if job.call.stream.homeless and job.sizes.allows(self._compiled(program.plain).guards):
             return program.plain
-        return program.full(measures=False)
+        return program.full(measures=False, kept=job.kept)
 
     def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
         """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
@@ -404,11 +412,13 @@ class Runner:
             return
         for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
             if REUSE in row and len(row) == len(program.names):
-                self._compiled(program.reusing(row, corrects=stream.reads_noise))
+                self._compiled(program.reusing(row, corrects=stream.reads_noise, kept=job.kept))
         if program.side_effects:
             return
         unchecked = [v for v in program.variants.values() if REUSE in v.spec.row and job.sizes not in v.checked]
         for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
+            if not all(cut in job.cuts for cut in program.cuts_of(variant.spec)):
+                continue  # not kept in this generation
             variant.checked.add(job.sizes)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
             for i in program.noisy:
