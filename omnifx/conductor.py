@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from omnifx.changes import ChangeMeter, Changes
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
 from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
@@ -23,6 +25,7 @@ from omnifx.profile import BranchMeta, Profile
 from omnifx.recording import Recorder, Recording
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
+from omnifx.spans import span_name
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
 from omnifx.weights import WeightWatch
@@ -74,8 +77,8 @@ class Part:
         return self.program.cache_bytes_at(self.sizes, self.kept_here(kept))
 
     def row_in(self, row: Row) -> Row:
-        """What a step's row says of this part."""
-        return row[self.start : self.start + len(self.program.names)]
+        """What a step's row says of this part, and of spans: only the one graph of a model has any."""
+        return row if not self.prefix else row[self.start : self.start + len(self.program.names)]
 
 
 @dataclass
@@ -95,6 +98,21 @@ class Call:
     logged: bool = False
     counts: Counter[int] = field(default_factory=Counter)
     """How often each program ran in this step."""
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """The spans whose actions end the row of a step that reuses anything."""
+        return self.stream.entries[0].plan.span_names if self.stream.entries else ()
+
+    changes: Changes | None = None
+    """How the cuts had changed since the last steps, if that is recorded."""
+
+    @property
+    def merges(self) -> tuple[str, ...]:
+        """The branches whose cuts become the mean of both halves of the batch behind this step."""
+        stream = self.stream
+        found = {entry.plan.steps[stream.step].merges for entry in stream.entries if stream.halved}
+        return found.pop() if len(found) == 1 else ()
 
     @property
     def measures(self) -> bool:
@@ -345,7 +363,7 @@ class Conductor:
             self.beginning(self, reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
             self._finish((mark, reading.shapes))
-            stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
+            stream = self._begin(reading, mark, latents, num_bytes)
         if stream is None:
             return self._record(reading, mark, reason, latents, weights, num_bytes)
         self.store.touch(stream.key)
@@ -359,6 +377,18 @@ class Conductor:
         elif not stream.doubt:
             reason = planned_reason
         return self._call(stream, row, correction, reason, reading, weights)
+
+    def _begin(
+        self,
+        reading: Reading,
+        mark: Marked | None,
+        latents: Tensor | None,
+        num_bytes: Callable[[tuple[str, ...] | None], int],
+    ) -> Stream | None:
+        stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
+        if stream is not None and any(entry.plan.merges for entry in stream.entries):
+            stream.halved = latents is not None and _has_equal_halves(latents)
+        return stream
 
     @property
     def _compute_row(self) -> Row:
@@ -378,7 +408,8 @@ class Conductor:
             return self._compute_row, None, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
             other = entry.plan
-            if (other.row_of(stream.step), other.steps[stream.step].correction) != (row, correction):
+            agree = (other.row_of(stream.step), other.spans, other.steps[stream.step].correction)
+            if agree != (row, first.spans, correction):
                 reuses = any(REUSE in e.plan.row_of(stream.step) for e in stream.entries)
                 why = "several calibrated step counts still fit, and their plans differ here" if reuses else ""
                 return self._compute_row, None, why
@@ -392,6 +423,11 @@ class Conductor:
             return "its caches were evicted to keep cache_budget"
         if any(entry.plan.branches != self.names for entry in stream.entries):
             return "the model's graphs are other ones than those that were calibrated"
+        for name in {name for entry in stream.entries for name in entry.plan.span_names}:
+            if self.broken:
+                return "ranges of blocks can be reused in a model that is one graph only"
+            if problem := self.parts[0].program.span_problem(name):
+                return f"{name} cannot be reused here: {problem}"
         self._sealed = True
         return ""
 
@@ -411,7 +447,7 @@ class Conductor:
         if key in self._recorded and self._recorded[key][0].starts_anew(reading):
             self._finish(key)
             if not self.record_only and self.streams.starting(reading, mark):
-                stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
+                stream = self._begin(reading, mark, latents, num_bytes)
                 assert stream is not None  # some plan starts here
                 return self._call(stream, self._compute_row, None, "", reading, weights)
         if key not in self._recorded:
@@ -422,7 +458,13 @@ class Conductor:
         number = recording.stream_of(reading)
         if number == len(streams):
             log = streams[0].log if streams else None
-            stream = self.streams.open(reading, mark, log, num_bytes=num_bytes(None))
+            kept, lags = self.recorded, self.policy.measured_lags
+            size, more = num_bytes(kept), lags * num_bytes(self.measured) if self.measured else 0
+            fits = size + more <= self.store.budget
+            stream = self.streams.open(reading, mark, log, num_bytes=size + more if fits else size)
+            stream.kept = kept
+            if more and fits:
+                stream.meter = ChangeMeter(lags, self.parts[0].program.cuts_by_column(self.measured))
             stream.number = number
             streams.append(stream)
         stream = streams[number]
@@ -447,6 +489,23 @@ class Conductor:
                 )
         return ""
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The branches and spans whose changes a recording measures, as the policy asks; none in a broken model."""
+        if self.broken or not self.parts or not self.policy.measures:
+            return ()
+        program = self.parts[0].program
+        if self.policy.measures == "branches":
+            return program.names
+        stack = span_name(0, max(0, len(program.spans.blocks) - 1))
+        return () if program.span_problem(stack) else (stack,)
+
+    @property
+    def recorded(self) -> tuple[str, ...] | None:
+        """What the steps of a recording keep: all branches (None), and what is measured beside them."""
+        more = tuple(name for name in self.measured if name not in self.names)
+        return (*self.names, *more) if more else None
+
     def keep(self, call: Call, output: Tensor | None, noise: Tensor | None) -> None:
         """Add a recorded step: its latents, what the model gave, and the noise that reuse would have caused."""
         recording, latents = call.stream.recording, call.latents
@@ -460,7 +519,7 @@ class Conductor:
         if self._unseen_output and not unseen and recording.num_steps:
             recording.fill_first(vectors, recorder)
             self._unseen_output = False
-        recording.add(call.reading, recorder, vectors)
+        recording.add(call.reading, recorder, vectors, call.changes)
         self._unseen_output |= unseen
 
     def end_step(self, call: Call, output: Tensor | None) -> None:
@@ -570,6 +629,12 @@ class Conductor:
 
 def _is_filtered(correction: Correction | None) -> bool:
     return correction is not None and correction.filter != "all"
+
+
+def _has_equal_halves(latents: Tensor) -> bool:
+    """Whether the first half of a batch has the same latents as the second: guidance with both halves in one batch."""
+    size = latents.shape[0]
+    return size % 2 == 0 and torch.equal(latents[: size // 2], latents[size // 2 :])
 
 
 def _unfiltered(profile: Profile) -> Profile:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from omnifx.changes import ChangeMeter
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -54,6 +55,8 @@ class Stream:
     has_noise: bool = False
     on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
     homeless: bool = False  # whether its caches alone are over the budget, so that it has none
+    meter: ChangeMeter | None = None  # compares cuts from step to step, while it is recorded for a policy that asks
+    halved: bool = False  # whether both halves of the batch began with the same latents, and the plan asks
     kept: tuple[str, ...] | None = None  # branches whose cuts its steps return; None: all
 
     @property

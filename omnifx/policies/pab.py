@@ -2,11 +2,11 @@
 
 Source: Pyramid Attention Broadcast, arXiv:2408.12588, and its release (VideoSys): an attention is reused at step k if
 ``k % range != 0`` and its timestep lies inside the window; the MLPs of some blocks are reused for a few steps behind
-listed timesteps. The release's settings, as (window; spatial, temporal, cross range): Open-Sora (450, 930; 2, 4, 6) with
-the MLPs of blocks 0 to 4 for 2 steps behind 676, 788 and 864; Latte (100, 800; 2, 3, 6) with the same MLPs behind 720,
-640, 560, 480 and 400; CogVideoX (100, 850; 2).
-Ours: the defaults take CogVideoX's window and Open-Sora's ranges for any model. Joint attention takes the spatial range,
-and branches that fuse attention and MLP are always computed. An asked speedup multiplies all three ranges by the
+listed timesteps. The release's settings, as (window; spatial, temporal, cross range): Open-Sora (450, 930; 2, 4, 6)
+with the MLPs of blocks 0 to 4 for 2 steps behind 676, 788 and 864; Latte (100, 800; 2, 3, 6) with the same MLPs behind
+720, 640, 560, 480 and 400; CogVideoX (100, 850; 2).
+Ours: the defaults take CogVideoX's window and Open-Sora's ranges for any model. Joint attention takes the spatial
+range, and branches that fuse attention and MLP are always computed. An asked speedup multiplies all three ranges by the
 smallest whole number that reaches it. Listed timesteps stand for the nearest step.
 Cost: none at run time; the plan is static, and the cuts of branches that it never reuses are not kept.
 """
