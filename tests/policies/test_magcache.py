@@ -45,8 +45,8 @@ def test_a_generation_is_the_eager_reference() -> None:
     generate(measuring, seed=0, steps=STEPS)
     old = [residual[whole] for residual in measuring.residuals]
     curve = [1.0, *(float((b.norm(dim=-1) / a.norm(dim=-1)).mean()) for a, b in itertools.pairwise(old))]
-    expected = skips(curve, 0.05, 5, 0.1)
-    fast = torch.compile(model, backend="omnicache", options={**EAGER, "policy": MagCache(threshold=0.05)})
+    expected = skips(curve, 0.24, 5, 0.1)
+    fast = torch.compile(model, backend="omnicache", options={**EAGER, "policy": "magcache"})
     with omnifx.generation(fast):
         generate(fast, seed=0, steps=STEPS)
     reference = Stacks(model, lambda step: whole if expected[step] else None, (whole,))

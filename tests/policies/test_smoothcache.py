@@ -72,7 +72,7 @@ def reference_schedules(outputs: dict[str, list[Tensor]], alpha: float) -> dict[
     return found
 
 
-@pytest.mark.parametrize("alpha", [0.03, 0.1])
+@pytest.mark.parametrize("alpha", [0.35, 0.6])
 def test_a_generation_is_the_eager_reference(alpha: float) -> None:
     model, text = toy(2, text=TEXT), noise(1, 5, TEXT, seed=7)
     recorded = Hooked(model, lambda step, name: False)
