@@ -85,6 +85,7 @@ def merge(profiles: list[Profile]) -> Profile:
     first = profiles[0]
     for i, other in enumerate(profiles):
         same = other.meta.fingerprint == first.meta.fingerprint and other.meta.timesteps == first.meta.timesteps
+        same &= (other.meta.measured, other.meta.num_lags) == (first.meta.measured, first.meta.num_lags)
         if not same or other.grams.shape[1:] != first.grams.shape[1:]:
             raise ProfileError(
                 f"merge: run {i} has {other.num_steps} steps from {other.meta.timesteps[0]:g}, run 0 has "
@@ -92,8 +93,13 @@ def merge(profiles: list[Profile]) -> Profile:
                 f"{first.meta.timesteps[0]:g}; all runs must be of one model with the same steps and streams."
             )
     meta = first.meta.model_copy(update={"num_runs": sum(p.meta.num_runs for p in profiles)})
+    changes = [p.changes for p in profiles if p.changes is not None]
     return replace(
-        first, meta=meta, grams=torch.cat([p.grams for p in profiles]), moves=torch.cat([p.moves for p in profiles])
+        first,
+        meta=meta,
+        grams=torch.cat([p.grams for p in profiles]),
+        moves=torch.cat([p.moves for p in profiles]),
+        changes=torch.cat(changes) if changes else None,
     )
 
 

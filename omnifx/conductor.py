@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from omnifx.changes import ChangeMeter, Changes
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
 from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
@@ -22,6 +24,8 @@ from omnifx.policy import Policy
 from omnifx.profile import BranchMeta, Profile
 from omnifx.recording import Recorder, Recording
 from omnifx.runlog import Log, StepLog
+from omnifx.sizes import Sizes
+from omnifx.spans import span_name
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
 from omnifx.weights import WeightWatch
@@ -50,8 +54,8 @@ class Part:
     prefix: str
     """What makes its names unique in the model: empty if it is the only part."""
     watch: WeightWatch
-    num_bytes: int
-    """Bytes of its cuts for one stream, at the sizes of its first call."""
+    sizes: Sizes
+    """Of its first call."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,9 +66,19 @@ class Part:
         """The name of a cut in a stream's cache."""
         return self.prefix + cut
 
+    def kept_here(self, kept: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """The names in its program of those branches of a step that are kept; None: all."""
+        if kept is None or not self.prefix:
+            return kept
+        return tuple(name.removeprefix(self.prefix) for name in kept if name.startswith(self.prefix))
+
+    def num_bytes(self, kept: tuple[str, ...] | None = None) -> int:
+        """Bytes of its cuts for one stream, at the sizes of its first call."""
+        return self.program.cache_bytes_at(self.sizes, self.kept_here(kept))
+
     def row_in(self, row: Row) -> Row:
-        """What a step's row says of this part."""
-        return row[self.start : self.start + len(self.program.names)]
+        """What a step's row says of this part, and of spans: only the one graph of a model has any."""
+        return row if not self.prefix else row[self.start : self.start + len(self.program.names)]
 
 
 @dataclass
@@ -84,6 +98,21 @@ class Call:
     logged: bool = False
     counts: Counter[int] = field(default_factory=Counter)
     """How often each program ran in this step."""
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """The spans whose actions end the row of a step that reuses anything."""
+        return self.stream.entries[0].plan.span_names if self.stream.entries else ()
+
+    changes: Changes | None = None
+    """How the cuts had changed since the last steps, if that is recorded."""
+
+    @property
+    def merges(self) -> tuple[str, ...]:
+        """The branches whose cuts become the mean of both halves of the batch behind this step."""
+        stream = self.stream
+        found = {entry.plan.steps[stream.step].merges for entry in stream.entries if stream.halved}
+        return found.pop() if len(found) == 1 else ()
 
     @property
     def measures(self) -> bool:
@@ -170,7 +199,7 @@ class Conductor:
         self._sealed = False  # whether all parts of a step are known
         self.missed_start = False  # whether the generation under way began before the graph was captured
         if program is not None:
-            self._add_part(program, 0, program.cache_bytes)
+            self._add_part(program, 0, program.hinted_sizes)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -187,7 +216,10 @@ class Conductor:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one stream's cuts, at the sizes seen first."""
-        return sum(part.num_bytes for part in self.parts)
+        return self._num_bytes()
+
+    def _num_bytes(self, kept: tuple[str, ...] | None = None) -> int:
+        return sum(part.num_bytes(kept) for part in self.parts)
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
@@ -197,12 +229,12 @@ class Conductor:
             for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
         )
 
-    def _add_part(self, program: Program, occurrence: int, num_bytes: int) -> Part:
+    def _add_part(self, program: Program, occurrence: int, sizes: Sizes) -> Part:
         index = len(self.parts)
         start = sum(len(p.program.names) for p in self.parts)
         watch = WeightWatch(program.analysis.inputs.static, program.analysis.inputs.settings)
         watch.sums_always = self.distrusts_weights
-        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch, num_bytes)
+        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch, sizes)
         self.parts.append(part)
         self._by_call[id(program), occurrence] = part
         return part
@@ -221,19 +253,20 @@ class Conductor:
         self.parts.clear()
         self._by_call.clear()
 
-    def part_of(self, call: Call, program: Program, *, num_bytes: int) -> Part | None:
+    def part_of(self, call: Call, program: Program, *, sizes: Sizes) -> Part | None:
         """The part that a graph call of this step is; None if the first step did not have it.
 
         Args:
             call: The step.
             program: The graph.
-            num_bytes: Of its cuts at the sizes of this call.
+            sizes: The graph's, in this call.
         """
         occurrence = call.counts[id(program)]
         call.counts[id(program)] += 1
         part = self._by_call.get((id(program), occurrence))
         if part is None and not self._sealed:
-            part = self._add_part(program, occurrence, num_bytes)
+            part = self._add_part(program, occurrence, sizes)
+            num_bytes = part.num_bytes(call.stream.kept)
             if num_bytes and not self.store.enlarge(call.stream.key, num_bytes):
                 self.inactive = (
                     f"cache_budget has no room for the caches of all graphs of the model: {self.cache_bytes:,} bytes "
@@ -305,16 +338,24 @@ class Conductor:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def decide(self, reading: Reading, latents: Tensor | None, *, weights: int, num_bytes: int | None = None) -> Call:
+    def decide(
+        self,
+        reading: Reading,
+        latents: Tensor | None,
+        *,
+        weights: int,
+        num_bytes: Callable[[tuple[str, ...] | None], int] | None = None,
+    ) -> Call:
         """What the step that begins now does.
 
         Args:
             reading: What the clock read.
             latents: As they are now.
             weights: Version of the model's weights.
-            num_bytes: Of one stream's cuts at the sizes of this call; None: those of the parts known so far.
+            num_bytes: Tells the bytes of one stream's cuts at the sizes of this call, from the names of the branches
+                that it keeps (None: all); by default, those of the parts known so far.
         """
-        num_bytes = self.cache_bytes if num_bytes is None else num_bytes
+        num_bytes = num_bytes or self._num_bytes
         mark = self._mark()
         stream, reason = self.streams.proceed(reading, mark)
         if stream is None and (mark, reading.shapes) not in self._recorded:
@@ -322,7 +363,7 @@ class Conductor:
             self.beginning(self, reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
             self._finish((mark, reading.shapes))
-            stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
+            stream = self._begin(reading, mark, latents, num_bytes)
         if stream is None:
             return self._record(reading, mark, reason, latents, weights, num_bytes)
         self.store.touch(stream.key)
@@ -336,6 +377,18 @@ class Conductor:
         elif not stream.doubt:
             reason = planned_reason
         return self._call(stream, row, correction, reason, reading, weights)
+
+    def _begin(
+        self,
+        reading: Reading,
+        mark: Marked | None,
+        latents: Tensor | None,
+        num_bytes: Callable[[tuple[str, ...] | None], int],
+    ) -> Stream | None:
+        stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
+        if stream is not None and any(entry.plan.merges for entry in stream.entries):
+            stream.halved = latents is not None and _has_equal_halves(latents)
+        return stream
 
     @property
     def _compute_row(self) -> Row:
@@ -355,7 +408,8 @@ class Conductor:
             return self._compute_row, None, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
             other = entry.plan
-            if (other.row_of(stream.step), other.steps[stream.step].correction) != (row, correction):
+            agree = (other.row_of(stream.step), other.spans, other.steps[stream.step].correction)
+            if agree != (row, first.spans, correction):
                 reuses = any(REUSE in e.plan.row_of(stream.step) for e in stream.entries)
                 why = "several calibrated step counts still fit, and their plans differ here" if reuses else ""
                 return self._compute_row, None, why
@@ -369,6 +423,11 @@ class Conductor:
             return "its caches were evicted to keep cache_budget"
         if any(entry.plan.branches != self.names for entry in stream.entries):
             return "the model's graphs are other ones than those that were calibrated"
+        for name in {name for entry in stream.entries for name in entry.plan.span_names}:
+            if self.broken:
+                return "ranges of blocks can be reused in a model that is one graph only"
+            if problem := self.parts[0].program.span_problem(name):
+                return f"{name} cannot be reused here: {problem}"
         self._sealed = True
         return ""
 
@@ -381,14 +440,14 @@ class Conductor:
         reason: str,
         latents: Tensor | None,
         weights: int,
-        num_bytes: int,
+        num_bytes: Callable[[tuple[str, ...] | None], int],
     ) -> Call:
         """A step that no plan covers: run it in full and measure it."""
         key = (mark, reading.shapes)
         if key in self._recorded and self._recorded[key][0].starts_anew(reading):
             self._finish(key)
             if not self.record_only and self.streams.starting(reading, mark):
-                stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
+                stream = self._begin(reading, mark, latents, num_bytes)
                 assert stream is not None  # some plan starts here
                 return self._call(stream, self._compute_row, None, "", reading, weights)
         if key not in self._recorded:
@@ -398,7 +457,14 @@ class Conductor:
         recording, streams = self._recorded[key]
         number = recording.stream_of(reading)
         if number == len(streams):
-            stream = self.streams.open(reading, mark, streams[0].log if streams else None, num_bytes=num_bytes)
+            log = streams[0].log if streams else None
+            kept, lags = self.recorded, self.policy.measured_lags
+            size, more = num_bytes(kept), lags * num_bytes(self.measured) if self.measured else 0
+            fits = size + more <= self.store.budget
+            stream = self.streams.open(reading, mark, log, num_bytes=size + more if fits else size)
+            stream.kept = kept
+            if more and fits:
+                stream.meter = ChangeMeter(lags, self.parts[0].program.cuts_by_column(self.measured))
             stream.number = number
             streams.append(stream)
         stream = streams[number]
@@ -423,6 +489,23 @@ class Conductor:
                 )
         return ""
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The branches and spans whose changes a recording measures, as the policy asks; none in a broken model."""
+        if self.broken or not self.parts or not self.policy.measures:
+            return ()
+        program = self.parts[0].program
+        if self.policy.measures == "branches":
+            return program.names
+        stack = span_name(0, max(0, len(program.spans.blocks) - 1))
+        return () if program.span_problem(stack) else (stack,)
+
+    @property
+    def recorded(self) -> tuple[str, ...] | None:
+        """What the steps of a recording keep: all branches (None), and what is measured beside them."""
+        more = tuple(name for name in self.measured if name not in self.names)
+        return (*self.names, *more) if more else None
+
     def keep(self, call: Call, output: Tensor | None, noise: Tensor | None) -> None:
         """Add a recorded step: its latents, what the model gave, and the noise that reuse would have caused."""
         recording, latents = call.stream.recording, call.latents
@@ -436,7 +519,7 @@ class Conductor:
         if self._unseen_output and not unseen and recording.num_steps:
             recording.fill_first(vectors, recorder)
             self._unseen_output = False
-        recording.add(call.reading, recorder, vectors)
+        recording.add(call.reading, recorder, vectors, call.changes)
         self._unseen_output |= unseen
 
     def end_step(self, call: Call, output: Tensor | None) -> None:
@@ -547,6 +630,12 @@ class Conductor:
 
 def _is_filtered(correction: Correction | None) -> bool:
     return correction is not None and correction.filter != "all"
+
+
+def _has_equal_halves(latents: Tensor) -> bool:
+    """Whether the first half of a batch has the same latents as the second: guidance with both halves in one batch."""
+    size = latents.shape[0]
+    return size % 2 == 0 and torch.equal(latents[: size // 2], latents[size // 2 :])
 
 
 def _unfiltered(profile: Profile) -> Profile:

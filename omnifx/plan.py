@@ -6,7 +6,7 @@ A plan is plain data. It is made by a policy, saved as JSON, validated when it i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -47,6 +47,26 @@ class PlanStep(BaseModel):
 
     variant: int = Field(ge=0)
     correction: Correction | None = None
+    merges: tuple[str, ...] = ()
+    """Branches whose cuts become, behind this step, the mean of both halves of the batch, where these have the same
+    latents (a conditional and an unconditional half)."""
+
+
+class PlanSpan(BaseModel):
+    """A range of blocks that some rows reuse as one: one more column of the rows, behind those of the branches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first: int = Field(ge=0)
+    """Number of its first block, as `omnifx.spans` counts them."""
+    last: int = Field(ge=0)
+    branches: tuple[str, ...]
+    """The branches inside, which are reused in every row that reuses the range."""
+
+    @property
+    def name(self) -> str:
+        """What caches and variants call it: ``span3-9``."""
+        return f"span{self.first}-{self.last}"
 
 
 class Plan(BaseModel):
@@ -69,6 +89,8 @@ class Plan(BaseModel):
     timesteps: tuple[float, ...]
     """One value per step, as the model sees it (its own units)."""
     branches: tuple[str, ...]
+    spans: tuple[PlanSpan, ...] = ()
+    """Ranges of blocks that are reused as one; a row has an action for each branch, then one for each of these."""
     variants: tuple[Row, ...]
     """The distinct rows; each is compiled once, however many steps run it."""
     steps: tuple[PlanStep, ...]
@@ -87,8 +109,16 @@ class Plan(BaseModel):
             )
         if len(self.variants) != len(self.reuse_flops):
             raise ValueError(f"{len(self.variants)} variants but {len(self.reuse_flops)} FLOPs ratios")
-        if bad := [i for i, row in enumerate(self.variants) if len(row) != len(self.branches)]:
-            raise ValueError(f"variants {bad} do not have one action for each of the {len(self.branches)} branches")
+        columns = len(self.branches) + len(self.spans)
+        if bad := [i for i, row in enumerate(self.variants) if len(row) != columns]:
+            and_spans = f" and {len(self.spans)} spans" if self.spans else ""
+            raise ValueError(
+                f"variants {bad} do not have one action for each of the {len(self.branches)} branches{and_spans}"
+            )
+        if bad := [
+            i for i, row in enumerate(self.variants) if self._with_insides(row, self.branches, self.spans) != row
+        ]:
+            raise ValueError(f"variants {bad} compute a branch inside of a span that they reuse")
         if bad := [k for k, step in enumerate(self.steps) if step.variant >= len(self.variants)]:
             raise ValueError(f"steps {bad} name a variant that is not in the plan (it has {len(self.variants)})")
         if REUSE in self.rows[0]:
@@ -119,6 +149,43 @@ class Plan(BaseModel):
         """Whether any step corrects its output, so that full steps must measure the noise."""
         return any(step.correction is not None for step in self.steps)
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The branches and spans whose cuts are kept from step to step: those that some row reuses by themselves.
+
+        All branches if steps are corrected, since the noise of reusing is measured with all cuts.
+        """
+        found = set(self.branches) if self.reads_noise else set()
+        for row in self.variants:
+            spans = [s for s, action in zip(self.spans, row[len(self.branches) :], strict=True) if action == REUSE]
+            inside = {name for span in spans for name in span.branches}
+            names = [n for n, action in zip(self.branches, row, strict=False) if action == REUSE and n not in inside]
+            found.update(names, (span.name for span in spans))
+        return tuple(name for name in (*self.branches, *self.span_names) if name in found)
+
+    @property
+    def merges(self) -> bool:
+        """Whether any step merges cuts of both halves of the batch."""
+        return any(step.merges for step in self.steps)
+
+    @property
+    def span_names(self) -> tuple[str, ...]:
+        """Names of the spans, in the order of their columns."""
+        return tuple(span.name for span in self.spans)
+
+    @staticmethod
+    def _with_insides(row: Row, branches: Sequence[str], spans: Sequence[PlanSpan]) -> Row:
+        """The row with all branches inside of its reused spans reused as well."""
+        inside = {
+            name
+            for span, action in zip(spans, row[len(branches) :], strict=True)
+            if action == REUSE
+            for name in span.branches
+        }
+        return tuple(REUSE if name in inside else action for name, action in zip(branches, row, strict=False)) + tuple(
+            row[len(branches) :]
+        )
+
     @classmethod
     def uniform(cls, profile: Profile, actions: Sequence[Action], **fields: Any) -> Self:
         """A plan in which every branch does the same in a step: `actions` holds one action per step."""
@@ -135,17 +202,32 @@ class Plan(BaseModel):
         policy_options: dict[str, Any] | None = None,
         corrections: Sequence[Correction | None] | None = None,
         notes: Sequence[str] = (),
+        spans: Sequence[str] = (),
+        merges: Mapping[int, tuple[str, ...]] | None = None,
     ) -> Self:
         """A plan from one row per step; equal rows share a variant.
 
-        Raises: PlanError if a row does not fit the profile's branches or step 0 reuses anything.
+        `merges` holds the branches that a step merges, by its number.
+
+        A row has an action for each of the profile's branches, then one for each of `spans`; what is inside of a reused
+        span becomes reused.
+
+        Raises: PlanError if a row does not fit the profile's branches or step 0 reuses anything; ConfigError if a span
+            cannot be reused.
         """
         meta = profile.meta
+        ranges = tuple(
+            PlanSpan(first=span.first, last=span.last, branches=meta.branches_in(span))
+            for span in map(meta.span, spans)
+        )
+        names = tuple(branch.name for branch in meta.branches)
         table: dict[Row, int] = {}
         steps = []
         for k, row in enumerate(rows):
             correction = corrections[k] if corrections is not None else None
-            steps.append(PlanStep(variant=table.setdefault(tuple(row), len(table)), correction=correction))
+            row = cls._with_insides(tuple(row), names, ranges) if ranges else tuple(row)
+            merged = (merges or {}).get(k, ())
+            steps.append(PlanStep(variant=table.setdefault(row, len(table)), correction=correction, merges=merged))
         try:
             return cls(
                 policy=policy,
@@ -153,10 +235,11 @@ class Plan(BaseModel):
                 model=meta.model,
                 fingerprint=meta.fingerprint,
                 timesteps=meta.timesteps,
-                branches=tuple(branch.name for branch in meta.branches),
+                branches=names,
+                spans=ranges,
                 variants=tuple(table),
                 steps=tuple(steps),
-                reuse_flops=tuple(meta.cost_of(row) for row in table),
+                reuse_flops=tuple(meta.cost_of(row, spans) for row in table),
                 notes=tuple(notes),
             )
         except ValidationError as error:

@@ -29,6 +29,11 @@ class Policy(ABC):
     uses_noise: ClassVar[bool] = False
     """Whether its plans may correct outputs, so that full steps measure the noise that reuse would cause."""
 
+    measures: ClassVar[str] = ""
+    """What a recording is to compare from step to step: "branches", the "stack" of all blocks, or nothing."""
+    measured_lags: ClassVar[int] = 1
+    """How many steps back it compares; so many older caches are kept meanwhile."""
+
     most_speedup: ClassVar[float] = math.inf
     """What its rules allow at most, whatever the model and the steps."""
     needs_profile: ClassVar[bool] = True

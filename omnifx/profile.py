@@ -13,6 +13,7 @@ the plain inner product.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omnifx.errors import ProfileError
+from omnifx.errors import ConfigError, ProfileError
 from omnifx.plan import REUSE, Row
 
 FORMAT = 1
@@ -42,6 +43,36 @@ class BranchMeta(BaseModel):
     """FLOPs that reusing this branch saves in one call."""
     cache_bytes: int = Field(ge=0)
     """Bytes of its cuts, for one stream."""
+
+
+class BlockMeta(BaseModel):
+    """One block of the trunk: see `omnifx.spans`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    branches: tuple[str, ...]
+    """Those of its branches that are cached."""
+
+
+class SpanMeta(BaseModel):
+    """What a plan must know of a range of blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first: int = Field(ge=0)
+    last: int = Field(ge=0)
+    flops: int = Field(ge=0)
+    """FLOPs that reusing it saves in one call."""
+    cache_bytes: int = Field(ge=0)
+    """Bytes of its deltas, for one stream."""
+    reason: str = ""
+    """Why it cannot be reused; empty if it can."""
+
+    @property
+    def name(self) -> str:
+        """What plans call it."""
+        return f"span{self.first}-{self.last}"
 
 
 class ProfileMeta(BaseModel):
@@ -73,6 +104,14 @@ class ProfileMeta(BaseModel):
     """What the model calls its `time_inputs`; empty if unknown. Positions may differ at another size."""
     varying_names: tuple[str, ...] = ()
     """What the model calls its `varying_inputs`; empty if unknown."""
+    blocks: tuple[BlockMeta, ...] = ()
+    """The blocks of the trunk in graph order; empty if the model is not one graph."""
+    spans: tuple[SpanMeta, ...] = ()
+    """Ranges of blocks that were looked at: all that begin with the first block or end with the last."""
+    measured: tuple[str, ...] = ()
+    """Branches and spans whose cuts were compared from step to step."""
+    num_lags: int = Field(default=0, ge=0)
+    """How many steps back they were compared."""
     sketched: bool = False
     """Whether the vectors were too large to keep, so that inner products come from a random sketch."""
 
@@ -84,10 +123,60 @@ class ProfileMeta(BaseModel):
             raise ValueError("a profile needs at least one timestep")
         return self
 
-    def cost_of(self, row: Row) -> float:
-        """FLOPs of a call that does `row`, over those of a call that computes everything."""
-        saved = sum(branch.flops for branch, action in zip(self.branches, row, strict=True) if action == REUSE)
+    def cost_of(self, row: Row, spans: Sequence[str] = ()) -> float:
+        """FLOPs of a call that does `row`, over those of a call that computes everything.
+
+        The row's last actions are those of `spans`; a reused one counts for all that is inside of it.
+        """
+        reused = {
+            name: self.span(name)
+            for name, action in zip(spans, row[len(self.branches) :], strict=True)
+            if action == REUSE
+        }
+        counted: set[int] = set()
+        saved = 0
+        for span in sorted(reused.values(), key=lambda span: span.flops, reverse=True):
+            if counted.isdisjoint(range(span.first, span.last + 1)):
+                saved += span.flops
+                counted.update(range(span.first, span.last + 1))
+        inside = {name for number in counted for name in self.blocks[number].branches}
+        saved += sum(
+            branch.flops
+            for branch, action in zip(self.branches, row, strict=False)
+            if action == REUSE and branch.name not in inside
+        )
         return 1.0 - saved / self.flops if self.flops else 1.0
+
+    def span(self, name: str) -> SpanMeta:
+        """A range of blocks by its name.
+
+        Raises: ConfigError if the profile does not know it, or it cannot be reused.
+        """
+        found = next((span for span in self.spans if span.name == name), None)
+        if found is None:
+            known = (
+                f"it knows those from block 0 and those to block {len(self.blocks) - 1}"
+                if self.spans
+                else "it knows none, as the model is not one graph or was measured by an older version"
+            )
+            raise ConfigError(
+                f"the profile of {self.model} does not hold the range of blocks {name}: {known}. Measure it anew with "
+                "`omnifx calibrate`."
+            )
+        if found.reason:
+            raise ConfigError(
+                f"blocks {found.first} to {found.last} of {self.model} cannot be reused as one: {found.reason}."
+            )
+        return found
+
+    @property
+    def stack(self) -> str:
+        """The name of the range of all blocks."""
+        return f"span0-{max(0, len(self.blocks) - 1)}"
+
+    def branches_in(self, span: SpanMeta) -> tuple[str, ...]:
+        """The cached branches inside of a range of blocks."""
+        return tuple(name for block in self.blocks[span.first : span.last + 1] for name in block.branches)
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value; a profile equals itself
@@ -99,12 +188,15 @@ class Profile:
         grams: [runs, streams, NUM_HALVES, NUM_BANDS, 3 S, 3 S], float32: inner products of the recorded vectors.
         moves: [runs, S], float32: ``||x_k - x_{k-1}|| / ||x_{k-1}||`` (0 for k = 0), what the clock expects of a next
         step.
+        changes: [runs, streams, S, lags + 1, columns], float32, for the `measured` columns: the relative L1 error of
+        cuts that are 1, 2, ... steps old, then the growth, as `omnifx.changes` defines them; None if not measured.
     Memory: 4 * runs * streams * 8 * 9 S^2 bytes on the host: 0.7 MB for one run of 50 steps.
     """
 
     meta: ProfileMeta
     grams: Tensor
     moves: Tensor
+    changes: Tensor | None = None
 
     def __post_init__(self) -> None:
         meta, size = self.meta, 3 * len(self.meta.timesteps)
@@ -115,7 +207,12 @@ class Profile:
             raise ProfileError(
                 f"Profile: moves have shape {tuple(self.moves.shape)}, expected {(meta.num_runs, len(meta.timesteps))}."
             )
-        if not (torch.isfinite(self.grams).all() and torch.isfinite(self.moves).all()):
+        table = (meta.num_runs, meta.num_streams, len(meta.timesteps), meta.num_lags + 1, len(meta.measured))
+        if tuple(() if self.changes is None else self.changes.shape) != (table if meta.measured else ()):
+            found = None if self.changes is None else tuple(self.changes.shape)
+            raise ProfileError(f"Profile: changes have shape {found}, expected {table if meta.measured else None}.")
+        known = [self.grams, self.moves, *([] if self.changes is None else [self.changes])]
+        if not all(bool(torch.isfinite(values).all()) for values in known):
             raise ProfileError("Profile: the measured values hold NaN or infinity. Calibrate again on finite latents.")
 
     @property
@@ -136,9 +233,39 @@ class Profile:
         axis = -4
         return picked.sum(axis) if half is None else picked.select(axis, half)
 
+    def changes_of(self, names: Sequence[str], *, lags: int) -> Tensor:
+        """[S, lags, names], float64: relative L1 errors of old cuts at each step, the mean over runs and streams.
+
+        Raises: ConfigError if the profile does not hold them.
+        """
+        return self._measured(names, lags)[:, :lags]
+
+    def growth_of(self, name: str) -> Tensor:
+        """[S], float64: how much larger a branch's or span's cuts are than those of the step before, the mean over runs
+        and streams.
+
+        Raises: ConfigError if the profile does not hold it, or the span cannot be reused.
+        """
+        if name in (span.name for span in self.meta.spans):
+            self.meta.span(name)
+        return self._measured([name], 1)[:, -1, 0]
+
+    def _measured(self, names: Sequence[str], lags: int) -> Tensor:
+        meta = self.meta
+        missing = [name for name in names if name not in meta.measured or meta.num_lags < lags]
+        if self.changes is None or missing:
+            raise ConfigError(
+                f"the profile of {meta.model} does not tell how {missing[:3]} change over {lags} steps: it was "
+                "measured for another policy, or cache_budget had no room for the older caches. Measure it anew with "
+                "`omnifx calibrate` and the policy you mean to use."
+            )
+        return self.changes.double().mean((0, 1))[..., [meta.measured.index(name) for name in names]]
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the JSON half lies in its header."""
         tensors = {"grams": self.grams.contiguous(), "moves": self.moves.contiguous()}
+        if self.changes is not None:
+            tensors["changes"] = self.changes.contiguous()
         save_file(tensors, str(path), metadata={"omnifx": self.meta.model_dump_json()})
 
     @classmethod
@@ -155,11 +282,16 @@ class Profile:
                     raise ProfileError(f"Profile.load: {path} is not a profile (no omnifx header). {again}.")
                 meta = ProfileMeta.model_validate_json(header)
                 names = set(file.keys())
-                if names != {"grams", "moves"}:
+                if names - {"changes"} != {"grams", "moves"}:
                     raise ProfileError(
                         f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}."
                     )
-                return cls(meta=meta, grams=file.get_tensor("grams").float(), moves=file.get_tensor("moves").float())
+                return cls(
+                    meta=meta,
+                    grams=file.get_tensor("grams").float(),
+                    moves=file.get_tensor("moves").float(),
+                    changes=file.get_tensor("changes").float() if "changes" in names else None,
+                )
         except OSError as error:
             raise ProfileError(f"Profile.load: cannot read {path}: {error}. {again}.") from error
         except safetensors.SafetensorError as error:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from omnifx.backends.lowering import Lowering, Runnable
 from omnifx.conditions import Conditions, laid_out
-from omnifx.errors import CacheError
+from omnifx.errors import CacheError, PlanError
 from omnifx.graph import (
     CONDITIONS,
     EXTRA_INPUTS,
@@ -37,8 +37,9 @@ from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
 from omnifx.plan import COMPUTE, REUSE, Row
-from omnifx.profile import BranchMeta
+from omnifx.profile import BlockMeta, BranchMeta, SpanMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
+from omnifx.spans import Span, Spans, span_name
 
 
 @dataclass
@@ -111,24 +112,29 @@ class Program:
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
-        self._specs: dict[tuple[Row, bool], VariantSpec] = {}
+        self._specs: dict[tuple[Row, bool, tuple[str, ...] | None, tuple[str, ...]], VariantSpec] = {}
         run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
         self.side_effects = side_effects(gm)
+        self.spans = Spans(gm)
         self.num_outputs = len(output_of(gm).args[0])  # type: ignore[arg-type]
         self.branches, self.over_budget = _within(self.analysis.cacheable, budget)
         self.names = tuple(branch.name for branch in self.branches)
+        self._branch_names = frozenset(self.names)
         nodes = nodes_by_name(gm)
         self.cut_values: dict[str, Tensor] = {
             cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
         }
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.sizes = SizeInputs(placeholders)
+        self.hinted_sizes = Sizes(
+            tuple((s, hint(placeholders[i].meta["val"])) for s, i in self.sizes.positions.items())
+        )
         self.unsized = next((cut for cut, value in self.cut_values.items() if not self.sizes.tell(value)), "")
         self._shapes = shapes_of(self.inputs)
         self._late_guards: list[sympy.Basic] = []
-        self._bytes: dict[Sizes, int] = {}
+        self._bytes: dict[tuple[Sizes, tuple[str, ...] | None], int] = {}
         self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
         outputs = output_of(gm).args[0]
         self.noisy = noisy_outputs(gm, self.names) if self.names else []
@@ -139,11 +145,16 @@ class Program:
         )
         self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
 
-    def cache_bytes_at(self, sizes: Sizes) -> int:
-        """Bytes of one stream's cuts at these sizes; `cache_bytes` is that of the sizes seen at capture."""
-        if sizes not in self._bytes:
-            self._bytes[sizes] = sum(map(sizes.num_bytes, self.cut_values.values()))
-        return self._bytes[sizes]
+    def cache_bytes_at(self, sizes: Sizes, kept: tuple[str, ...] | None = None) -> int:
+        """Bytes of one stream's cuts at these sizes; `cache_bytes` is that of the sizes seen at capture.
+
+        `kept` names the branches whose cuts it keeps; None: all.
+        """
+        if (sizes, kept) not in self._bytes:
+            cuts = [cut for b in self.branches if kept is None or b.name in kept for cut in b.cuts]
+            cuts += [cut for span in self.spans_in(kept or ()) for cut in span.cuts]
+            self._bytes[sizes, kept] = sum(sizes.num_bytes(self.cut_values[cut]) for cut in cuts)
+        return self._bytes[sizes, kept]
 
     @property
     def filters(self) -> bool:
@@ -151,11 +162,33 @@ class Program:
         return bool(dict(self.grids)[self.main_output].axes) if self.main_output is not None else True
 
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
-        """The cuts that a variant reads, by node name."""
+        """The cuts that a variant reads: node names of those of branches, and names of deltas of spans."""
         if spec not in self._reads:
             reads = set(spec.reads)
-            self._reads[spec] = tuple(cut for b in self.branches if b.name in reads for cut in b.cuts)
+            cuts = [cut for b in self.branches if b.name in reads for cut in b.cuts]
+            self._reads[spec] = (*cuts, *(cut for span in spec.reads_spans for cut in span.cuts))
         return self._reads[spec]
+
+    def cuts_by_column(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The cuts of each of these branches and spans."""
+        found = {branch.name: branch.cuts for branch in self.branches} | {s.name: s.cuts for s in self.spans_in(names)}
+        return {name: found[name] for name in names}
+
+    def span_problem(self, name: str) -> str:
+        """Why this graph cannot reuse a range of blocks; empty if it can."""
+        try:
+            return self.spans.named(name).reason
+        except PlanError as error:
+            return str(error)
+
+    def spans_in(self, names: Sequence[str]) -> tuple[Span, ...]:
+        """The spans among the names of branches and spans, as far as this graph can reuse them."""
+        others = [name for name in names if name not in self._branch_names]
+        found = tuple(self.spans.named(name) for name in others if not self.span_problem(name))
+        nodes = nodes_by_name(self.gm) if any(cut not in self.cut_values for span in found for cut in span.cuts) else {}
+        for span in found if nodes else ():
+            self.cut_values |= {cut: nodes[end].meta["val"] for cut, end in zip(span.cuts, span.ends, strict=True)}
+        return found
 
     @property
     def compute_row(self) -> Row:
@@ -172,17 +205,47 @@ class Program:
         """The captured graph, unchanged."""
         return VariantSpec(self.names, self.compute_row, writes=())
 
-    def full(self, *, measures: bool) -> VariantSpec:
-        """Compute everything and return the cuts."""
-        return VariantSpec(self.names, self.compute_row, writes=self.names, measures=measures and bool(self.noisy))
-
-    def reusing(self, row: Row, *, corrects: bool) -> VariantSpec:
-        """Do `row`; what it computes is returned for later steps."""
-        if (known := self._specs.get((row, corrects))) is not None:
+    def full(self, *, measures: bool, kept: tuple[str, ...] | None = None) -> VariantSpec:
+        """Compute everything and return the cuts: of all branches, or of the branches and spans that are `kept`."""
+        if (known := self._specs.get((self.compute_row, measures, kept, ()))) is not None:
             return known
-        writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
-        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
-        self._specs[row, corrects] = spec
+        spans = self.spans_in(kept or ())
+        names = tuple(name for name in self.names if kept is None or name in kept)
+        spec = VariantSpec(
+            self.names,
+            self.compute_row + (COMPUTE,) * len(spans),
+            writes=(*names, *(span.name for span in spans)),
+            measures=measures and bool(self.noisy),
+            spans=spans,
+        )
+        self._specs[self.compute_row, measures, kept, ()] = spec
+        return spec
+
+    def reusing(
+        self, row: Row, *, corrects: bool, kept: tuple[str, ...] | None = None, spans: tuple[str, ...] = ()
+    ) -> VariantSpec:
+        """Do `row`, whose last actions are those of `spans`.
+
+        What it computes is returned for later steps, if it is among the branches and spans that are `kept` (None: all
+        branches). A span that begins or ends inside of a reused one cannot be told apart from it, and is not returned.
+        """
+        if (known := self._specs.get((row, corrects, kept, spans))) is not None:
+            return known
+        found = self.spans_in(spans)
+        if len(found) != len(spans) or len(row) != len(self.names) + len(spans):
+            raise PlanError(f"the row {row} does not fit {len(self.names)} branches and the spans {list(spans)}.")
+        actions = dict(zip((*self.names, *spans), row, strict=True))
+        reused = [span for span in found if actions[span.name] == REUSE]
+        torn = {
+            span.name
+            for span in found
+            for other in reused
+            if other.first < span.first <= other.last or other.first <= span.last < other.last
+        }
+        wanted = self._branch_names if kept is None else kept
+        writes = tuple(n for n, action in actions.items() if action == COMPUTE and n in wanted and n not in torn)
+        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy), spans=found)
+        self._specs[row, corrects, kept, spans] = spec
         return spec
 
     def variant(self, spec: VariantSpec) -> Variant:
@@ -231,6 +294,23 @@ class Program:
                 if placeholders[i].users and i not in self.analysis.inputs.settings
             ),
             run=self.lowering(gm, self.inputs, num_extra_inputs=0),
+        )
+
+    def block_metas(self) -> tuple[BlockMeta, ...]:
+        """What a profile keeps of each block."""
+        return tuple(
+            BlockMeta(name=block.name, branches=tuple(name for name in block.branches if name in self._branch_names))
+            for block in self.spans.blocks
+        )
+
+    def span_metas(self) -> tuple[SpanMeta, ...]:
+        """What a profile keeps of the ranges of blocks that begin with the first block or end with the last."""
+        last = len(self.spans.blocks) - 1
+        bounds = dict.fromkeys([(0, i) for i in range(last + 1)] + [(i, last) for i in range(last + 1)])
+        found = [self.spans.named(span_name(*bound)) for bound in bounds]
+        return tuple(
+            SpanMeta(first=s.first, last=s.last, flops=s.flops, cache_bytes=s.cache_bytes, reason=s.reason)
+            for s in found
         )
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omnifx.changes import Changes
 from omnifx.clock import Reading, Timeline
 from omnifx.grid import Grid, part_index
-from omnifx.profile import NUM_BANDS, NUM_HALVES, BranchMeta, Profile, ProfileMeta
+from omnifx.profile import NUM_BANDS, NUM_HALVES, BlockMeta, BranchMeta, Profile, ProfileMeta, SpanMeta
 
 if TYPE_CHECKING:
     from omnifx.graph import Inputs
@@ -31,6 +32,7 @@ _PARTS = NUM_HALVES * NUM_BANDS
 class _Call:
     reading: Reading
     vectors: Tensor  # [3, numel] (x, o, q) or [3, _PARTS * buckets]
+    changes: Changes | None = None
 
 
 class Recorder:
@@ -116,16 +118,16 @@ class Recording:
         """Which stream of its step a call would be, by order: calls with equal latents belong to one step."""
         return len(self.groups[-1]) if self.groups and self._same_step(reading) else 0
 
-    def add(self, reading: Reading, recorder: Recorder, vectors: Tensor) -> None:
-        """Append a call, with what `recorder` kept of it."""
+    def add(self, reading: Reading, recorder: Recorder, vectors: Tensor, changes: Changes | None = None) -> None:
+        """Append a call, with what `recorder` kept of it and how its cuts had changed."""
         self.recorder = recorder
         if sum(map(len, self.groups)) >= MOST_CALLS:
             self.full = True
             return
         if self.groups and self._same_step(reading):
-            self.groups[-1].append(_Call(reading, vectors))
+            self.groups[-1].append(_Call(reading, vectors, changes))
         else:
-            self.groups.append([_Call(reading, vectors)])
+            self.groups.append([_Call(reading, vectors, changes)])
 
     def fill_first(self, vectors: Tensor, recorder: Recorder) -> None:
         """Let the first calls, whose output nobody saw, have the second ones' in its place."""
@@ -241,7 +243,10 @@ class Recording:
         versions: dict[str, str],
         flops: int,
         branches: tuple[BranchMeta, ...],
+        blocks: tuple[BlockMeta, ...] = (),
+        spans: tuple[SpanMeta, ...] = (),
         output_shape: tuple[int, ...],
+        measured: tuple[str, ...] = (),
     ) -> Profile:
         """The profile of this one run; call only if there is no `problem`."""
         assert self.recorder is not None  # there is no problem, so there are calls
@@ -251,6 +256,7 @@ class Recording:
         for stream in streams:
             kept = torch.stack([group[stream].vectors for group in self.groups])  # [S, 3, n]
             grams.append(self.recorder.grams(kept.transpose(0, 1).reshape(3 * self.num_steps, -1)))
+        changes = self._changes() if measured else None
         meta = ProfileMeta(
             model=model,
             fingerprint=fingerprint,
@@ -260,6 +266,8 @@ class Recording:
             num_runs=1,
             flops=flops,
             branches=branches,
+            blocks=blocks,
+            spans=spans,
             latent_shape=self.groups[0][0].reading.shapes[-1] if self.inputs.latents is not None else (),
             output_shape=output_shape,
             filter_axes=self.recorder.grid.axes,
@@ -267,6 +275,17 @@ class Recording:
             varying_inputs=timeline.varying_inputs,
             time_names=self._names([self.inputs.small[i] for i in timeline.time_inputs]),
             varying_names=self._names([self.inputs.large[i] for i in timeline.varying_inputs]),
+            measured=measured if changes is not None else (),
+            num_lags=changes.shape[-2] - 1 if changes is not None else 0,
             sketched=self.recorder.sketched,
         )
-        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=torch.tensor([timeline.moves]))
+        moves = torch.tensor([timeline.moves])
+        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=moves, changes=changes)
+
+    def _changes(self) -> Tensor | None:
+        """[1, streams, S, lags + 1, columns]; None if some call was not compared."""
+        calls = [[group[stream].changes for group in self.groups] for stream in range(len(self.groups[0]))]
+        tables = [[torch.cat([c.errors, c.growth[None]]) for c in stream if c is not None] for stream in calls]
+        if any(len(table) < self.num_steps for table in tables):
+            return None
+        return torch.stack([torch.stack(table) for table in tables])[None].cpu()

@@ -25,6 +25,7 @@ from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
+from omnifx.streams import kept_by
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
@@ -46,6 +47,10 @@ class Job:
     """The graph's symbolic sizes in this call."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[int, Tensor] = field(default_factory=dict)
+    kept: tuple[str, ...] | None = None
+    """Branches of this part whose cuts later steps may want; None: all."""
+    spans: tuple[str, ...] = ()
+    """Ranges of blocks whose actions end the row, if it reuses anything."""
     computed: int = 0
     """FLOPs beside those of the variant."""
 
@@ -100,17 +105,21 @@ class Runner:
         program, conductor = self.program, self.conductor
         if self.inactive or not self.policy.needs_profile or not program.names:
             return [program.plain]
-        full = program.full(measures=False)
+        full = program.full(measures=False, kept=conductor.recorded if conductor is not None else None)
         if conductor is None:
             return [full, program.reusing(program.reuse_row, corrects=False)]
         if not conductor.entries or conductor.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
             return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
-        specs = [full]
+        kept = kept_by(conductor.entries)
+        specs = [program.full(measures=False, kept=kept)]
         for entry in conductor.entries:
-            if len(entry.plan.branches) == len(program.names):
+            plan = entry.plan
+            if len(plan.branches) == len(program.names) and not any(map(program.span_problem, plan.span_names)):
                 specs += [
-                    program.reusing(row, corrects=entry.plan.reads_noise) for row in entry.plan.variants if REUSE in row
+                    program.reusing(row, corrects=plan.reads_noise, kept=kept, spans=plan.span_names)
+                    for row in plan.variants
+                    if REUSE in row
                 ]
         return list(dict.fromkeys(specs))
 
@@ -148,7 +157,7 @@ class Runner:
                 reading,
                 args[latents] if latents is not None else None,
                 weights=part.watch.version,
-                num_bytes=self.program.cache_bytes_at(sizes),
+                num_bytes=lambda kept: self.program.cache_bytes_at(sizes, kept),
             )
             return self._job(call, part, reading.small, sizes)
 
@@ -159,7 +168,7 @@ class Runner:
             return None
         with conductor.lock:
             sizes = self.program.sizes.at(args)
-            part = conductor.part_of(call, self.program, num_bytes=self.program.cache_bytes_at(sizes))
+            part = conductor.part_of(call, self.program, sizes=sizes)
             if part is None:
                 return None
             part.watch.look(args)
@@ -168,11 +177,13 @@ class Runner:
     def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...], sizes: Sizes) -> Job:
         """What to do of the step's row here; computes where a cache is not proven to be valid."""
         row, cache = part.row_in(call.row), call.stream.cache
-        if len(row) != len(self.program.names):
+        spans = call.spans if REUSE in row else ()
+        if len(row) != len(self.program.names) + len(spans):
             row = self.program.compute_row
         job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
+        job.kept, job.spans = part.kept_here(call.stream.kept), spans
         if REUSE in row and (reason := self._refusal(job)):
-            job.row, job.reason = self.program.compute_row, reason
+            job.row, job.reason, job.spans = self.program.compute_row, reason, ()
             call.correction = None
             call.stream.on_plan = False
         keys = {cut: part.key(cut) for cut in self.program.cut_values} if part.prefix else None
@@ -189,12 +200,13 @@ class Runner:
     def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
-        for cut in self.program.cuts_of(self.program.reusing(job.row, corrects=False)):
+        spec = self._reusing(job)
+        for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
-        variant = self._compiled(self.program.reusing(job.row, corrects=job.call.stream.reads_noise))
+        variant = self._compiled(spec)
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
@@ -204,10 +216,7 @@ class Runner:
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
         program, call, stream = self.program, job.call, job.call.stream
         computes = REUSE not in job.row
-        if not computes:
-            variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise))
-        else:
-            variant = self._compiled(self._full_spec(job))
+        variant = self._compiled(self._full_spec(job) if computes else self._reusing(job))
         if call.stream.step == 0:
             for table in self._tables.values():
                 table.check(args)
@@ -219,18 +228,25 @@ class Runner:
         noise = self._keep_noise(job, before, outputs)
         if computes and program.names:
             self._warm_up(job, args, outputs)
+        if stream.meter is not None and not stream.homeless:
+            call.changes = stream.meter.measure(job.cuts)
+        if call.merges:
+            self._merge(job)
         args.clear()
         self._after(job, variant, outputs, noise)
         return outputs[: program.num_outputs]
 
+    def _reusing(self, job: Job) -> VariantSpec:
+        return self.program.reusing(job.row, corrects=job.call.stream.reads_noise, kept=job.kept, spans=job.spans)
+
     def _full_spec(self, job: Job) -> VariantSpec:
-        """How to compute everything: with cuts, unless there is no room for them."""
+        """How to compute everything: with the cuts that are kept, unless there is no room for them."""
         program = self.program
         if not program.names:
             return program.plain
         if job.call.stream.homeless and job.sizes.allows(self._compiled(program.plain).guards):
             return program.plain
-        return program.full(measures=False)
+        return program.full(measures=False, kept=job.kept)
 
     def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
         """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
@@ -240,7 +256,7 @@ class Runner:
         program, stream = self.program, job.call.stream
         cached: dict[int, Tensor] = {}
         wanted = job.call.measures and not self._conductor.broken and not program.side_effects
-        if wanted and program.noisy and all(cut in job.cuts for cut in program.cut_values):
+        if wanted and program.noisy and all(cut in job.cuts for b in program.branches for cut in b.cuts):
             variant = self._any_reuse(stream.reads_noise)
             if job.sizes.allows(variant.guards):
                 again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
@@ -371,6 +387,19 @@ class Runner:
                 if REUSE not in job.row:
                     stream.cache.weights[part.index] = job.weights
 
+    def _merge(self, job: Job) -> None:
+        """Let the kept cuts of some branches be the mean of both halves of the batch."""
+        stream, part, merged = job.call.stream, job.part, set(job.part.kept_here(job.call.merges) or ())
+        means: dict[str, Tensor] = {}
+        for cut in [cut for branch in self.program.branches if branch.name in merged for cut in branch.cuts]:
+            value = job.cuts.get(cut)
+            if value is not None and value.shape[0] % 2 == 0:
+                mean = value.unflatten(0, (2, -1)).mean(0)
+                means[cut] = torch.empty_like(value).copy_(torch.cat([mean, mean]))
+        with self._lock:
+            if self._conductor.store.holds(stream.key):
+                stream.cache.cuts.update({part.key(cut): mean for cut, mean in means.items()})
+
     def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
         """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
         if not cached:
@@ -404,13 +433,19 @@ class Runner:
         program, stream = self.program, job.call.stream
         if stream.homeless:
             return
-        for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
-            if REUSE in row and len(row) == len(program.names):
-                self._compiled(program.reusing(row, corrects=stream.reads_noise))
+        for plan in [entry.plan for entry in stream.entries]:
+            if any(map(program.span_problem, plan.span_names)):
+                continue
+            for row in map(job.part.row_in, plan.variants):
+                if REUSE in row and len(row) == len(program.names) + len(plan.spans):
+                    spec = program.reusing(row, corrects=stream.reads_noise, kept=job.kept, spans=plan.span_names)
+                    self._compiled(spec)
         if program.side_effects:
             return
         unchecked = [v for v in program.variants.values() if REUSE in v.spec.row and job.sizes not in v.checked]
         for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
+            if not all(cut in job.cuts for cut in program.cuts_of(variant.spec)):
+                continue  # not kept in this generation
             variant.checked.add(job.sizes)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
             for i in program.noisy:

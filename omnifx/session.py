@@ -288,7 +288,10 @@ class Session:
             versions=versions(),
             flops=conductor.flops,
             branches=conductor.branch_metas(),
+            blocks=conductor.parts[0].program.block_metas() if not conductor.broken else (),
+            spans=conductor.parts[0].program.span_metas() if not conductor.broken else (),
             output_shape=recording.recorder.output_shape,
+            measured=conductor.measured,
         )
 
     # -- profiles ------------------------------------------------------------------------------------------------------

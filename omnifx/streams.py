@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from omnifx.changes import ChangeMeter
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -53,6 +55,9 @@ class Stream:
     has_noise: bool = False
     on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
     homeless: bool = False  # whether its caches alone are over the budget, so that it has none
+    meter: ChangeMeter | None = None  # compares cuts from step to step, while it is recorded for a policy that asks
+    halved: bool = False  # whether both halves of the batch began with the same latents, and the plan asks
+    kept: tuple[str, ...] | None = None  # branches whose cuts its steps return; None: all
 
     @property
     def reads_noise(self) -> bool:
@@ -119,14 +124,20 @@ class Streams:
         _advance(stream, reading, entries)
         return stream, reason
 
-    def begin(self, reading: Reading, mark: Marked | None, *, num_bytes: int) -> Stream | None:
-        """A new stream at step 0 of some known plan; None if no plan begins with such a call."""
+    def begin(
+        self, reading: Reading, mark: Marked | None, *, num_bytes: Callable[[tuple[str, ...] | None], int]
+    ) -> Stream | None:
+        """A new stream at step 0 of some known plan; None if no plan begins with such a call.
+
+        `num_bytes` tells the bytes of the cuts of the branches that it keeps.
+        """
         entries = self.starting(reading, mark)
         if not entries:
             return None
         self.leave_behind(reading, mark)
-        stream = self.open(reading, mark, self._siblings(reading, mark), num_bytes=num_bytes)
-        stream.entries = entries
+        kept = kept_by(entries)
+        stream = self.open(reading, mark, self._siblings(reading, mark), num_bytes=num_bytes(kept))
+        stream.entries, stream.kept = entries, kept
         return stream
 
     def starting(self, reading: Reading, mark: Marked | None) -> list[Entry]:
@@ -203,6 +214,12 @@ class Streams:
                 same = any(e.timeline.same_stream(other.last, reading) for e in other.entries)
                 return None if same else other.log
         return None
+
+
+def kept_by(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """The branches that any of these plans keeps; the same for plans in another order."""
+    names = dict.fromkeys(name for entry in entries for name in entry.plan.kept)
+    return tuple(sorted(names))
 
 
 def _advance(stream: Stream, reading: Reading, entries: list[Entry]) -> None:

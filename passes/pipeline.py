@@ -12,8 +12,11 @@ from omnifx.passes.hoist_conditions import HoistConditions
 from omnifx.passes.measure_noise import MeasureNoise
 from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.read_cuts import ReadCuts
+from omnifx.passes.read_spans import ReadSpans
 from omnifx.passes.write_cuts import WriteCuts
+from omnifx.passes.write_spans import WriteSpans
 from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.spans import Span
 
 
 @dataclass(frozen=True)
@@ -23,28 +26,47 @@ class VariantSpec:
     branches: tuple[str, ...]
     row: Row
     writes: tuple[str, ...]
-    """Computed branches whose cuts are returned."""
+    """Computed branches and spans whose cuts are returned."""
     measures: bool = False
     """Whether it also returns the noise that its old cuts would cause."""
     corrects: bool = False
     """Whether it subtracts a predicted noise."""
+    spans: tuple[Span, ...] = ()
+    """Ranges of blocks that are reused or written as one; their actions end the row."""
+
+    @property
+    def reused(self) -> tuple[str, ...]:
+        """Reused branches, inside of reused spans or not."""
+        return tuple(name for name, action in zip(self.branches, self.row, strict=False) if action == REUSE)
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Reused branches, whose cuts are inputs."""
-        return tuple(name for name, action in zip(self.branches, self.row, strict=True) if action == REUSE)
+        """Reused branches whose cuts are inputs."""
+        covered = {name for span in self.reads_spans for name in span.branches}
+        return tuple(name for name in self.reused if name not in covered)
+
+    @property
+    def reads_spans(self) -> tuple[Span, ...]:
+        """Reused spans, whose deltas are inputs."""
+        actions = self.row[len(self.branches) :]
+        reused = [span for span, action in zip(self.spans, actions, strict=True) if action == REUSE]
+        return tuple(s for s in reused if not any(t != s and t.first <= s.first and s.last <= t.last for t in reused))
+
+    @property
+    def writes_spans(self) -> tuple[Span, ...]:
+        """Spans whose deltas are returned."""
+        return tuple(span for span in self.spans if span.name in self.writes)
 
     @property
     def label(self) -> str:
         """A short name for dumps and tables: full, reuse, or the number of reused branches, with its extras."""
-        computed = self.row.count(COMPUTE)
-        base = (
-            "full" if computed == len(self.row) else ("reuse" if not computed else f"reuse{len(self.row) - computed}")
-        )
+        actions = self.row[: len(self.branches)]
+        computed = actions.count(COMPUTE)
+        base = "full" if REUSE not in self.row else ("reuse" if not computed else f"reuse{len(actions) - computed}")
         extras = [
             word for word, on in (("write", self.writes), ("measure", self.measures), ("correct", self.corrects)) if on
         ]
-        return "+".join([base, *extras])
+        return "+".join([base, *(span.name for span in self.reads_spans), *extras])
 
 
 def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: bool = True) -> tuple[Pass, ...]:
@@ -53,14 +75,19 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
     if spec.measures:
         passes.append(MeasureNoise(branches=spec.branches))
     if spec.corrects:
-        passes.append(CorrectNoise(branches=spec.reads, grids=grids))  # before ReadCuts: it asks what the cuts change
+        passes.append(CorrectNoise(branches=spec.reused, grids=grids))  # before ReadCuts: it asks what the cuts change
     if spec.reads:
         passes.append(ReadCuts(branches=spec.reads))
     if spec.writes:
-        passes.append(WriteCuts(branches=spec.writes))
-    passes.append(Eliminate(freed=spec.reads))  # what reading the cuts left behind
-    if spec.reads:
+        spanning = {span.name for span in spec.spans}
+        passes.append(WriteCuts(branches=tuple(name for name in spec.writes if name not in spanning)))
+    if spec.writes_spans:
+        passes.append(WriteSpans(spans=spec.writes_spans))
+    if spec.reads_spans:
+        passes.append(ReadSpans(spans=spec.reads_spans))  # after WriteSpans: it replaces what that subtracts
+    passes.append(Eliminate(freed=spec.reused))  # what reading the cuts left behind
+    if spec.reused:
         passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
-    if spec.reads and hoists:
+    if spec.reused and hoists:
         passes.append(HoistConditions())  # last: of the conditions, only what the reuse step still needs
     return tuple(passes)
