@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
-from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
+from omnifx.plan import COMPUTE, Correction, Plan, PlanStep, Row, reuses, stored_actions
 from omnifx.policy import Policy
 from omnifx.profile import BranchMeta, Profile
 from omnifx.recording import Recorder, Recording
@@ -66,6 +66,10 @@ class Part:
         """What a step's row says of this part."""
         return row[self.start : self.start + len(self.program.names)]
 
+    def steps_in(self, steps: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """What a plan says of this part's branches, of steps for each branch."""
+        return steps[self.start : self.start + len(self.program.names)]
+
 
 @dataclass
 class Call:
@@ -79,6 +83,8 @@ class Call:
     log: StepLog
     weights: int
     """Version of the model's weights as the clock saw them."""
+    plan: Plan | None = None
+    """What the step was planned by, also if it runs in full instead; None while recording, or if plans differ."""
     latents: Tensor | None = None
     """The latents while the call is being recorded; the sampler may overwrite them afterwards."""
     logged: bool = False
@@ -89,6 +95,32 @@ class Call:
     def measures(self) -> bool:
         """Whether the noise of reusing is wanted, for a recording or a correction."""
         return self.stream.recording is not None or self.stream.reads_noise
+
+    @property
+    def predictor(self) -> tuple[float, ...]:
+        """The planned weights of the step's predictions, newest first; empty if it has none."""
+        return self.plan.steps[self.stream.step].weights if self.plan is not None else ()
+
+    @property
+    def stores(self) -> bool:
+        """Whether predicted values of this step are stored."""
+        return self.plan is not None and self.plan.steps[self.stream.step].stores
+
+    def stored_in(self, part: Part) -> tuple[bool, ...]:
+        """For each branch of a part, whether its values of this step are stored.
+
+        Where a plan predicts, exactly those that it counts on: a full step that it did not ask for leaves the others
+        alone, or the planned weights would be those of other steps.
+        """
+        if self.plan is None or not self.stream.terms:
+            return (True,) * len(part.program.names)
+        kept = stored_actions(self.plan.steps[self.stream.step])
+        return tuple(action in kept for action in part.row_in(self.plan.row_of(self.stream.step)))
+
+    def stored_before(self, part: Part) -> tuple[tuple[int, ...], ...]:
+        """For each branch of a part, the steps that its stored values come from, as planned; newest first."""
+        assert self.plan is not None  # only asked of planned predictions
+        return part.steps_in(self.plan.stored_before[self.stream.step])
 
 
 class Conductor:
@@ -234,7 +266,7 @@ class Conductor:
         part = self._by_call.get((id(program), occurrence))
         if part is None and not self._sealed:
             part = self._add_part(program, occurrence, num_bytes)
-            if num_bytes and not self.store.enlarge(call.stream.key, num_bytes):
+            if num_bytes and not self.store.enlarge(call.stream.key, num_bytes * max(1, call.stream.terms)):
                 self.inactive = (
                     f"cache_budget has no room for the caches of all graphs of the model: {self.cache_bytes:,} bytes "
                     "at least. Raise cache_budget"
@@ -328,14 +360,16 @@ class Conductor:
         self.store.touch(stream.key)
         if not reading.finite:
             stream.doubt = "the latents hold NaN or infinity"
-        row, correction, planned_reason = self._planned(stream)
-        if REUSE in row:
+        row, correction, plan, planned_reason = self._planned(stream)
+        if reuses(row):
             if refusal := self._refusal(stream) or reason or planned_reason:
                 row, correction, reason = self._compute_row, None, refusal
                 stream.on_plan = False
         elif not stream.doubt:
             reason = planned_reason
-        return self._call(stream, row, correction, reason, reading, weights)
+        call = self._call(stream, row, correction, reason, reading, weights)
+        call.plan = plan
+        return call
 
     @property
     def _compute_row(self) -> Row:
@@ -347,19 +381,19 @@ class Conductor:
         log = StepLog(stream.step, stream.number, "", reason, 0, 0)
         return Call(stream, row, correction, reason, reading, log, weights)
 
-    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, str]:
-        """Row and correction of the step, if all plans that still fit agree."""
+    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, Plan | None, str]:
+        """Row, correction and plan of the step, if all plans that still fit agree."""
         first = stream.entries[0].plan
         row, correction = first.row_of(stream.step), first.steps[stream.step].correction
         if _is_filtered(correction) and not self.filters:
-            return self._compute_row, None, "the plan filters its corrections, but the output has no grid here"
+            return self._compute_row, None, first, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
             other = entry.plan
-            if (other.row_of(stream.step), other.steps[stream.step].correction) != (row, correction):
-                reuses = any(REUSE in e.plan.row_of(stream.step) for e in stream.entries)
-                why = "several calibrated step counts still fit, and their plans differ here" if reuses else ""
-                return self._compute_row, None, why
-        return row, correction, ""
+            if _numbers(other, stream.step) != _numbers(first, stream.step):
+                differ = any(reuses(e.plan.row_of(stream.step)) for e in stream.entries)
+                why = "several calibrated step counts still fit, and their plans differ here" if differ else ""
+                return self._compute_row, None, None, why
+        return row, correction, first, ""
 
     def _refusal(self, stream: Stream) -> str:
         """Why this stream may not reuse anything now; empty if it may."""
@@ -523,7 +557,7 @@ class Conductor:
                 call.logged = True
                 stream.log.steps.append(call.log)
             call.log.add(label, reason, spent, whole)
-            if REUSE not in call.row:
+            if not reuses(call.row) or stream.terms:
                 stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
             if stream.entries:
                 self.following = True
@@ -542,6 +576,11 @@ class Conductor:
             budget, axis = self.record_budget, self.frame_axis
             self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
         return self._recorders[key]
+
+
+def _numbers(plan: Plan, step: int) -> tuple[Row, PlanStep]:
+    """All that a plan says of a step."""
+    return plan.row_of(step), plan.steps[step].model_copy(update={"variant": 0})
 
 
 def _is_filtered(correction: Correction | None) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, REUSE, Plan, Row
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Plan, Row
 from omnifx.profile import Profile
 
 
@@ -34,6 +34,17 @@ class Policy(ABC):
     needs_profile: ClassVar[bool] = True
     """Whether a generation must be measured before its first plan."""
 
+    @property
+    def terms(self) -> int:
+        """Stored values of a branch that its plans predict from; 0 if they predict nothing. As many sets of cuts are
+        kept."""
+        return 0
+
+    @property
+    def stores(self) -> bool:
+        """Whether its plans store predicted values as if they had been computed."""
+        return False
+
     @abstractmethod
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         """The plan for `profile` whose FLOPs are at most 1/`speedup` of the uncached ones.
@@ -43,7 +54,7 @@ class Policy(ABC):
 
     def rows(self, num_branches: int) -> tuple[Row, ...]:
         """Rows that its plans may use, to be compiled before the first plan exists."""
-        return ((COMPUTE,) * num_branches, (REUSE,) * num_branches)
+        return ((COMPUTE,) * num_branches, (PREDICT if self.terms else REUSE,) * num_branches)
 
     @property
     def options(self) -> dict[str, Any]:

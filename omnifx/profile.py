@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.errors import ProfileError
-from omnifx.plan import REUSE, Row
+from omnifx.plan import COMPUTE, Row
 
 FORMAT = 1
 NUM_BANDS = 4
@@ -86,7 +86,7 @@ class ProfileMeta(BaseModel):
 
     def cost_of(self, row: Row) -> float:
         """FLOPs of a call that does `row`, over those of a call that computes everything."""
-        saved = sum(branch.flops for branch, action in zip(self.branches, row, strict=True) if action == REUSE)
+        saved = sum(branch.flops for branch, action in zip(self.branches, row, strict=True) if action != COMPUTE)
         return 1.0 - saved / self.flops if self.flops else 1.0
 
 

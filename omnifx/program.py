@@ -36,7 +36,7 @@ from omnifx.passes.bind_sizes import BindSizes
 from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Row
 from omnifx.profile import BranchMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
 
@@ -104,7 +104,7 @@ class Program:
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
-        self._specs: dict[tuple[Row, bool], VariantSpec] = {}
+        self._specs: dict[tuple[Row, bool, int, bool], VariantSpec] = {}
         run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
@@ -146,7 +146,7 @@ class Program:
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
         """The cuts that a variant reads, by node name."""
         if spec not in self._reads:
-            reads = set(spec.reads)
+            reads = set(spec.cached)
             self._reads[spec] = tuple(cut for b in self.branches if b.name in reads for cut in b.cuts)
         return self._reads[spec]
 
@@ -161,6 +161,11 @@ class Program:
         return (REUSE,) * len(self.names)
 
     @property
+    def predict_row(self) -> Row:
+        """The row that predicts everything that can be."""
+        return (PREDICT,) * len(self.names)
+
+    @property
     def plain(self) -> VariantSpec:
         """The captured graph, unchanged."""
         return VariantSpec(self.names, self.compute_row, writes=())
@@ -169,13 +174,24 @@ class Program:
         """Compute everything and return the cuts."""
         return VariantSpec(self.names, self.compute_row, writes=self.names, measures=measures and bool(self.noisy))
 
-    def reusing(self, row: Row, *, corrects: bool) -> VariantSpec:
-        """Do `row`; what it computes is returned for later steps."""
-        if (known := self._specs.get((row, corrects))) is not None:
+    def reusing(self, row: Row, *, corrects: bool, terms: int = 0, stores: bool = False) -> VariantSpec:
+        """Do `row`; what it computes is returned for later steps.
+
+        Args:
+            row: At least one branch is reused or predicted.
+            corrects: Whether noise is subtracted from the outputs.
+            terms: Stored values that predictions read.
+            stores: Whether predicted values are returned as well.
+        """
+        if PREDICT not in row:
+            terms, stores = 0, False
+        key = (row, corrects, terms, stores)
+        if (known := self._specs.get(key)) is not None:
             return known
         writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
-        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
-        self._specs[row, corrects] = spec
+        corrects = corrects and bool(self.noisy)
+        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects, terms=terms, stores=stores)
+        self._specs[key] = spec
         return spec
 
     def variant(self, spec: VariantSpec) -> Variant:

@@ -20,7 +20,7 @@ from omnifx.conditions import Table
 from omnifx.conductor import Call, Conductor, Part
 from omnifx.grid import low_pass
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.plan import REUSE, Row
+from omnifx.plan import PREDICT, Plan, Row, reuses
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
@@ -45,6 +45,8 @@ class Job:
     sizes: Sizes
     """The graph's symbolic sizes in this call."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
+    past: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Older values of the cuts, newest first."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     computed: int = 0
     """FLOPs beside those of the variant."""
@@ -80,6 +82,7 @@ class Runner:
         self.reader = Reader(program.analysis.inputs)
         self._tables: dict[VariantSpec, Table] = {}
         self._coefficients: dict[tuple[float, float], Tensor] = {}
+        self._predictors: dict[tuple[float, ...], Tensor] = {}
         self._low_pass: dict[tuple[int, float], Tensor] = {}
         self._lock = conductor.lock if conductor is not None else threading.RLock()
         self._boxed_call = True  # what AOTAutograd calls the convention: one list of inputs, which may be cleared
@@ -102,15 +105,17 @@ class Runner:
             return [program.plain]
         full = program.full(measures=False)
         if conductor is None:
-            return [full, program.reusing(program.reuse_row, corrects=False)]
+            return [full, self._replay_spec(None, corrects=False)]
         if not conductor.entries or conductor.record_only:
-            rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
-            return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
+            rows = [row for row in self.policy.rows(len(program.names)) if reuses(row)]
+            ahead = {"corrects": self.policy.uses_noise, "terms": self.policy.terms, "stores": self.policy.stores}
+            return [full, *(program.reusing(row, **ahead) for row in rows)]
         specs = [full]
         for entry in conductor.entries:
             if len(entry.plan.branches) == len(program.names):
                 specs += [
-                    program.reusing(row, corrects=entry.plan.reads_noise) for row in entry.plan.variants if REUSE in row
+                    program.reusing(row, corrects=entry.plan.reads_noise, terms=entry.plan.terms, stores=stores)
+                    for row, stores in entry.plan.readings
                 ]
         return list(dict.fromkeys(specs))
 
@@ -171,12 +176,13 @@ class Runner:
         if len(row) != len(self.program.names):
             row = self.program.compute_row
         job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
-        if REUSE in row and (reason := self._refusal(job)):
+        if reuses(row) and (reason := self._refusal(job)):
             job.row, job.reason = self.program.compute_row, reason
             call.correction = None
             call.stream.on_plan = False
         keys = {cut: part.key(cut) for cut in self.program.cut_values} if part.prefix else None
         job.cuts = dict(cache.cuts) if keys is None else {c: cache.cuts[k] for c, k in keys.items() if k in cache.cuts}
+        job.past = {c: cache.past[k] for c in job.cuts if (k := part.key(c)) in cache.past}
         job.noise = dict(cache.noise)
         return job
 
@@ -189,23 +195,48 @@ class Runner:
     def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
-        for cut in self.program.cuts_of(self.program.reusing(job.row, corrects=False)):
+        spec = self._spec(job)
+        for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
-        variant = self._compiled(self.program.reusing(job.row, corrects=job.call.stream.reads_noise))
+        if spec.predicts and (reason := self._wrong_history(job, job.row)):
+            return reason
+        variant = self._compiled(spec)
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
+
+    def _wrong_history(self, job: Job, row: Row) -> str:
+        """Why the stored values are not those that the planned weights are for; empty if they are."""
+        call, cache = job.call, job.call.stream.cache
+        count = len(call.predictor)
+        for branch, action, planned in zip(self.program.branches, row, call.stored_before(job.part), strict=True):
+            if action != PREDICT:
+                continue
+            for cut in branch.cuts:
+                found = cache.steps.get(job.part.key(cut), ())
+                if found[:count] != planned[:count]:
+                    return (
+                        f"{cut} is stored of steps {list(found)}, but the plan predicts from steps "
+                        f"{list(planned[:count])}"
+                    )
+        return ""
+
+    def _spec(self, job: Job) -> VariantSpec:
+        """What the job runs, if it reuses or predicts anything."""
+        call = job.call
+        terms = call.plan.terms if call.plan is not None else 0
+        return self.program.reusing(job.row, corrects=call.stream.reads_noise, terms=terms, stores=call.stores)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
         program, call, stream = self.program, job.call, job.call.stream
-        computes = REUSE not in job.row
+        computes = not reuses(job.row)
         if not computes:
-            variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise))
+            variant = self._compiled(self._spec(job))
         else:
             variant = self._compiled(self._full_spec(job))
         if call.stream.step == 0:
@@ -241,22 +272,40 @@ class Runner:
         cached: dict[int, Tensor] = {}
         wanted = job.call.measures and not self._conductor.broken and not program.side_effects
         if wanted and program.noisy and all(cut in job.cuts for cut in program.cut_values):
-            variant = self._any_reuse(stream.reads_noise)
+            variant = self._any_reuse(job.call.plan, stream.reads_noise)
             if job.sizes.allows(variant.guards):
-                again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
+                predictor = job.call.predictor
+                if predictor and self._wrong_history(job, program.predict_row):
+                    predictor = ()
+                again = variant.run([*args, *self._uncorrected_inputs(variant, job, args, predictor)])
                 copies = not program.lowering.owns_outputs
                 cached = {i: again[i].clone() if copies else again[i] for i in program.noisy}
                 job.computed += variant.flops
         job.cuts.clear()
+        job.past.clear()
         with self._lock:
-            for cut in program.cut_values:
-                stream.cache.cuts.pop(job.part.key(cut), None)
+            for cut in self._kept(job):
+                stream.cache.make_room(job.part.key(cut), stream.terms)
         return cached
 
-    def _any_reuse(self, corrects: bool) -> Variant:
-        """The compiled variant that reuses everything; with a correction to switch off, if only that one exists."""
+    def _kept(self, job: Job) -> list[str]:
+        """The cuts whose values of this step are stored, if it makes them."""
+        stored = zip(self.program.branches, job.call.stored_in(job.part), strict=True)
+        return [cut for branch, kept in stored if kept for cut in branch.cuts]
+
+    def _replay_spec(self, plan: Plan | None, *, corrects: bool) -> VariantSpec:
+        """The variant that repeats the newest values of everything: where a plan predicts (or while there is none, the
+        policy), the one that predicts all, which with weights (1, 0, ...) does the same."""
+        program, source = self.program, plan if plan is not None else self.policy
+        if not source.terms:
+            return program.reusing(program.reuse_row, corrects=corrects)
+        stores = source.stores if isinstance(source, Policy) else any(step.stores for step in source.steps)
+        return program.reusing(program.predict_row, corrects=corrects, terms=source.terms, stores=stores)
+
+    def _any_reuse(self, plan: Plan | None, corrects: bool) -> Variant:
+        """The compiled variant that replays everything; with a correction to switch off, if only that one exists."""
         program = self.program
-        lean, correcting = (program.reusing(program.reuse_row, corrects=c) for c in (False, True))
+        lean, correcting = (self._replay_spec(plan, corrects=c) for c in (False, True))
         wanted, other = (correcting, lean) if corrects else (lean, correcting)
         return self._compiled(other if wanted not in program.variants and other in program.variants else wanted)
 
@@ -265,16 +314,21 @@ class Runner:
             self.late_compilations += 1
         return self.program.variant(spec)
 
-    def _uncorrected_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
-        """The job's cuts and conditions, and zeros for all that a correction would read."""
+    def _uncorrected_inputs(
+        self, variant: Variant, job: Job, args: list[Any], predictor: tuple[float, ...] = ()
+    ) -> list[Tensor]:
+        """The job's cuts and conditions, the weights of a prediction (or those that repeat the newest values), and zeros
+        for all that a correction would read."""
         conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
-                values.append(job.cuts[name])
+                values.append(_stored(job, name))
             elif kind == "condition":
                 values.append(conditions[name])
+            elif kind == "predictor":
+                values.append(self._predictor_tensor(predictor, fake))
             else:
                 values.append(_zeros_like(fake, job.sizes))
         return values
@@ -287,12 +341,14 @@ class Runner:
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
-                values.append(job.cuts[name])
+                values.append(_stored(job, name))
             elif kind == "condition":
                 values.append(conditions[name])
             elif kind == "noise":
                 held = job.noise.get(int(name))
                 values.append(_zeros_like(fake, job.sizes) if held is None else held)
+            elif kind == "predictor":
+                values.append(self._predictor_tensor(job.call.predictor, fake))
             elif kind == "coefficients":
                 values.append(self._coefficient_tensor(job.call, fake.device))
             else:  # low_pass:<size>
@@ -330,6 +386,13 @@ class Runner:
             self._coefficients[pair] = torch.tensor(pair, device=device)
         return self._coefficients[pair]
 
+    def _predictor_tensor(self, weights: tuple[float, ...], fake: Tensor) -> Tensor:
+        """The weights of all terms, newest first; none stand for those that repeat the newest value."""
+        padded = (*(weights or (1.0,)), *(0.0,) * fake.shape[0])[: fake.shape[0]]
+        if padded not in self._predictors:
+            self._predictors[padded] = torch.tensor(padded, dtype=torch.float32, device=fake.device)
+        return self._predictors[padded]
+
     def _low_pass_tensor(self, size: int, cutoff: float, device: torch.device) -> Tensor:
         key = (size, cutoff)
         if key not in self._low_pass:
@@ -348,6 +411,7 @@ class Runner:
     def _store_outputs(self, variant: Variant, job: Job, extra: Sequence[Any]) -> None:
         """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
         stream, program, part = job.call.stream, self.program, job.part
+        made: dict[str, Tensor] = {}
         for label, value in zip(variant.extra_outputs, extra, strict=True):
             kind, _, name = label.partition(":")
             if kind != "cut":
@@ -357,17 +421,23 @@ class Runner:
                 value = value.new_empty_strided(value.shape, strides).copy_(value)
             elif not program.lowering.owns_outputs:
                 value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
-            job.cuts[name] = value
-        if REUSE not in job.row:
+            made[name] = value
+        job.cuts.update(made)
+        computes, kept = not reuses(job.row), [name for name in self._kept(job) if name in made]
+        if computes:
             stream.scale = 1.0
             stream.has_noise = False
-        if not variant.extra_outputs:
+        if not kept:
             return
         with self._lock:
+            cache = stream.cache
             if self._conductor.store.holds(stream.key):
-                stream.cache.cuts.update({part.key(name): value for name, value in job.cuts.items()})
-                if REUSE not in job.row:
-                    stream.cache.weights[part.index] = job.weights
+                if computes and cache.weights.get(part.index) != job.weights:
+                    for name in program.cut_values:
+                        cache.forget(part.key(name))
+                    cache.weights[part.index] = job.weights
+                for name in kept:
+                    cache.push(part.key(name), made[name], step=stream.step, terms=stream.terms)
 
     def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
         """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
@@ -402,12 +472,15 @@ class Runner:
         program, stream = self.program, job.call.stream
         if stream.homeless:
             return
-        for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
-            if REUSE in row and len(row) == len(program.names):
-                self._compiled(program.reusing(row, corrects=stream.reads_noise))
+        for plan in [entry.plan for entry in stream.entries]:
+            for whole_row, stores in plan.readings:
+                row = job.part.row_in(whole_row)
+                if reuses(row) and len(row) == len(program.names):
+                    spec = program.reusing(row, corrects=stream.reads_noise, terms=plan.terms, stores=stores)
+                    self._compiled(spec)
         if program.side_effects:
             return
-        unchecked = [v for v in program.variants.values() if REUSE in v.spec.row and job.sizes not in v.checked]
+        unchecked = [v for v in program.variants.values() if reuses(v.spec.row) and job.sizes not in v.checked]
         for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
             variant.checked.add(job.sizes)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
@@ -420,6 +493,14 @@ class Runner:
                         "of its norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
                     )
                     self._conductor.tell(self._inactive)
+
+
+def _stored(job: Job, name: str) -> Tensor:
+    """The stored value that ``cut:<name>`` or ``cut:<name>@<age>`` stands for; the newest one where there are fewer,
+    which then has no weight."""
+    cut, _, age = name.partition("@")
+    past = job.past.get(cut, ())
+    return past[int(age) - 1] if age and int(age) <= len(past) else job.cuts[cut]
 
 
 def _memory(value: Tensor) -> int:

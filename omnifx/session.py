@@ -258,8 +258,8 @@ class Session:
         return default_budget(device) if budget is None else int(budget)
 
     def budget_per_stream(self, device: torch.device) -> int:
-        """Most bytes of cuts that one stream may hold."""
-        return self._budget(device)
+        """Most bytes of one set of cuts: a stream holds as many sets as the policy predicts from."""
+        return self._budget(device) // max(1, self.policy.terms)
 
     def _inactive(self, programs: Sequence[Program]) -> str:
         """Why nothing can be reused of these graphs; empty if something can."""

@@ -60,6 +60,11 @@ class Stream:
         return any(entry.plan.reads_noise for entry in self.entries)
 
     @property
+    def terms(self) -> int:
+        """Values of each cut that it stores for predictions; 0 if no plan that still fits predicts."""
+        return max((entry.plan.terms for entry in self.entries), default=0)
+
+    @property
     def is_last_step(self) -> bool:
         """Whether no plan that fits has a further step."""
         return bool(self.entries) and self.step + 1 >= max(len(e.timeline.timesteps) for e in self.entries)
@@ -120,11 +125,18 @@ class Streams:
         return stream, reason
 
     def begin(self, reading: Reading, mark: Marked | None, *, num_bytes: int) -> Stream | None:
-        """A new stream at step 0 of some known plan; None if no plan begins with such a call."""
+        """A new stream at step 0 of some known plan; None if no plan begins with such a call.
+
+        Args:
+            reading: What the clock read.
+            mark: The call's mark.
+            num_bytes: Of one set of cuts; there is room for as many as the plans predict from.
+        """
         entries = self.starting(reading, mark)
         if not entries:
             return None
         self.leave_behind(reading, mark)
+        num_bytes *= max([1, *(entry.plan.terms for entry in entries)])
         stream = self.open(reading, mark, self._siblings(reading, mark), num_bytes=num_bytes)
         stream.entries = entries
         return stream
