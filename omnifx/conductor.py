@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
 from omnifx.plan import COMPUTE, Correction, Plan, PlanStep, Row, reuses, stored_actions
 from omnifx.policy import Policy
+from omnifx.prior import Prior, PriorSums
 from omnifx.profile import BranchMeta, Profile
-from omnifx.recording import Recorder, Recording
+from omnifx.recording import FEWEST_STEPS, Recorder, Recording
 from omnifx.runlog import Log, StepLog
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
@@ -105,6 +106,16 @@ class Call:
     def stores(self) -> bool:
         """Whether predicted values of this step are stored."""
         return self.plan is not None and self.plan.steps[self.stream.step].stores
+
+    @property
+    def trend(self) -> float:
+        """What the trends of this step are multiplied by."""
+        return self.plan.steps[self.stream.step].trend if self.plan is not None else 0.0
+
+    @property
+    def prior(self) -> Prior | None:
+        """The prior of the profile that the step was planned from."""
+        return self.stream.entries[0].profile.prior if self.plan is not None else None
 
     def stored_in(self, part: Part) -> tuple[bool, ...]:
         """For each branch of a part, whether its values of this step are stored.
@@ -388,8 +399,7 @@ class Conductor:
         if _is_filtered(correction) and not self.filters:
             return self._compute_row, None, first, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
-            other = entry.plan
-            if _numbers(other, stream.step) != _numbers(first, stream.step):
+            if _numbers(entry, stream.step) != _numbers(stream.entries[0], stream.step):
                 differ = any(reuses(e.plan.row_of(stream.step)) for e in stream.entries)
                 why = "several calibrated step counts still fit, and their plans differ here" if differ else ""
                 return self._compute_row, None, None, why
@@ -473,6 +483,35 @@ class Conductor:
         recording.add(call.reading, recorder, vectors)
         self._unseen_output |= unseen
 
+    def keep_cuts(self, call: Call, program: Program, cuts: Mapping[str, Tensor], *, batch: int, steps: int) -> None:
+        """Add a recorded step's cuts to the prior, if the policy needs one.
+
+        Args:
+            call: The step.
+            program: What made them.
+            cuts: By node name.
+            batch: Samples of the call.
+            steps: What to tell the bytes of, before any is kept.
+        """
+        recording, spec = call.stream.recording, self.policy.prior
+        if recording is None or spec is None:
+            return
+        if recording.prior is None:
+            recording.prior = PriorSums(spec, self.record_budget)
+            a_step = sum(cut.numel() for cut in cuts.values()) // batch * spec.dtype.itemsize
+            self.log.note(
+                f"the prior of policy {self.policy.name} takes {a_step:,} bytes a step, {a_step * steps:,} for {steps} "
+                f"steps; record_budget is {self.record_budget:,}"
+            )
+            if (least := a_step * (self.steps or FEWEST_STEPS)) > self.record_budget:
+                recording.prior.give_up(
+                    f"the prior takes {least:,} bytes for {self.steps or FEWEST_STEPS} steps, but record_budget is "
+                    f"{self.record_budget:,}. Raise it, or keep the prior in less precision"
+                )
+        keys = program.cut_keys
+        for name, value in cuts.items():
+            recording.prior.add(call.stream.step, keys[name], value, batch=batch)
+
     def end_step(self, call: Call, output: Tensor | None) -> None:
         """A call of a broken model is over: all its parts have run."""
         self.keep(call, output, None)
@@ -539,6 +578,8 @@ class Conductor:
         if not self.names:
             return
         profile = self.make_profile(recording, self)
+        if recording.prior is not None and recording.prior.problem:
+            self.tell(f"{recording.prior.problem}.")
         self.profiles.append(profile)
         if not self.record_only:
             try:
@@ -578,9 +619,11 @@ class Conductor:
         return self._recorders[key]
 
 
-def _numbers(plan: Plan, step: int) -> tuple[Row, PlanStep]:
-    """All that a plan says of a step."""
-    return plan.row_of(step), plan.steps[step].model_copy(update={"variant": 0})
+def _numbers(entry: Entry, step: int) -> tuple[Row, PlanStep, Prior | None]:
+    """All that a plan says of a step, with the prior whose trends it follows there."""
+    planned = entry.plan.steps[step]
+    prior = entry.profile.prior if planned.trend else None
+    return entry.plan.row_of(step), planned.model_copy(update={"variant": 0}), prior
 
 
 def _is_filtered(correction: Correction | None) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -56,6 +55,8 @@ class PlanStep(BaseModel):
     measures noise predicts with; without weights it repeats the newest values."""
     stores: bool = False
     """Whether predicted values are stored as if they had been computed."""
+    trend: FiniteFloat = 0.0
+    """What the trends of predicted branches are multiplied by, see `Plan.trend`."""
 
 
 class Plan(BaseModel):
@@ -85,6 +86,9 @@ class Plan(BaseModel):
     """FLOPs of each variant over the FLOPs of the variant that computes everything."""
     terms: int = Field(default=0, ge=0)
     """Stored values that a predicted branch reads, and a stream keeps of it; 0 if no branch is predicted."""
+    trend: Literal["", "scale", "shift"] = ""
+    """How predicted values follow the trends E of the profile's prior, with the step's factor s: ``f (1 + s E)`` or
+    ``f + s E``; empty if they do not."""
     notes: tuple[str, ...] = ()
     """What the policy measured and decided, in sentences."""
 
@@ -108,6 +112,7 @@ class Plan(BaseModel):
         return self
 
     def _check_predictions(self) -> None:
+        stored = self.stored_before() if any(step.weights for step in self.steps) else ()
         for k, (step, row) in enumerate(zip(self.steps, self.rows, strict=True)):
             if len(step.weights) > self.terms:
                 raise ValueError(f"step {k} has {len(step.weights)} weights, but the plan's terms are {self.terms}")
@@ -115,14 +120,16 @@ class Plan(BaseModel):
                 raise ValueError(f"step {k} predicts a branch, but has no weights")
             if step.weights and PREDICT not in row and reuses(row):
                 raise ValueError(f"step {k} has weights, but predicts no branch")
+            if step.trend and (PREDICT not in row or not self.trend):
+                raise ValueError(f"step {k} follows trends, but predicts no branch, or the plan does not say how")
             if step.stores and PREDICT not in row:
                 raise ValueError(f"step {k} stores predicted values, but predicts no branch")
             needed = max((i + 1 for i, weight in enumerate(step.weights) if weight), default=0)
             for i, action in enumerate(row if needed else ()):
-                if (action == PREDICT or not reuses(row)) and len(self.stored_before[k][i]) < needed:
+                if (action == PREDICT or not reuses(row)) and len(stored[k][i]) < needed:
                     raise ValueError(
                         f"step {k} predicts from {needed} stored values, but {self.branches[i]} has "
-                        f"{len(self.stored_before[k][i])} before it"
+                        f"{len(stored[k][i])} before it"
                     )
 
     @property
@@ -134,7 +141,6 @@ class Plan(BaseModel):
         """The row of actions of one step."""
         return self.variants[self.steps[step].variant]
 
-    @cached_property
     def stored_before(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """For each step and branch, the steps whose values are stored when it begins: newest first, at most `terms`."""
         stored: tuple[tuple[int, ...], ...] = ((),) * len(self.branches)
@@ -186,6 +192,8 @@ class Plan(BaseModel):
         weights: Sequence[tuple[float, ...]] | None = None,
         stores: Sequence[bool] | None = None,
         terms: int = 0,
+        trends: Sequence[float] | None = None,
+        trend: Literal["", "scale", "shift"] = "",
         notes: Sequence[str] = (),
     ) -> Self:
         """A plan from one row per step; equal rows share a variant.
@@ -202,6 +210,7 @@ class Plan(BaseModel):
                 correction=corrections[k] if corrections is not None else None,
                 weights=weights[k] if weights is not None else (),
                 stores=stores[k] if stores is not None else False,
+                trend=trends[k] if trends is not None else 0.0,
             )
             steps.append(step)
         try:
@@ -216,6 +225,7 @@ class Plan(BaseModel):
                 steps=tuple(steps),
                 reuse_flops=tuple(meta.cost_of(row) for row in table),
                 terms=terms,
+                trend=trend,
                 notes=tuple(notes),
             )
         except ValidationError as error:

@@ -12,10 +12,11 @@ import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from omnifx.errors import ConfigError
 from omnifx.plan import COMPUTE, PREDICT, REUSE, Plan, Row
+from omnifx.prior import PriorSpec
 from omnifx.profile import Profile
 
 
@@ -44,6 +45,16 @@ class Policy(ABC):
     def stores(self) -> bool:
         """Whether its plans store predicted values as if they had been computed."""
         return False
+
+    @property
+    def trend(self) -> Literal["", "scale", "shift"]:
+        """How what its plans predict follows the trends of a prior; empty if it does not."""
+        return ""
+
+    @property
+    def prior(self) -> PriorSpec | None:
+        """The prior that it needs beside a profile, if any."""
+        return None
 
     @abstractmethod
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:

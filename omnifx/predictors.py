@@ -90,8 +90,8 @@ class _OnAxis(Predictor):
         at = tuple(times[step] for step in used)
         if len(set(at)) < len(at):
             raise ConfigError(
-                f"{self}: the sampler calls the model several times at the timesteps {sorted(set(at))}, so values cannot "
-                f"be told apart by them. Leave '@timesteps' away."
+                f"{self}: the sampler calls the model several times at the timesteps {sorted(set(at))}, so values "
+                f"cannot be told apart by them. Leave '@timesteps' away."
             )
         return self.along(at, times[target], (min(times), max(times)))
 
@@ -369,8 +369,8 @@ def resolve_predictor(predictor: str | Predictor) -> Predictor:
     axis = axis or "steps"
     if name not in PREDICTORS or axis not in get_args(Axis):
         raise ConfigError(
-            f"predictor: found {predictor!r}, expected one of {list(PREDICTORS)}, with ':number' and '@timesteps' after "
-            "it where wanted (such as 'taylor:2'), or a Predictor object."
+            f"predictor: found {predictor!r}, expected one of {list(PREDICTORS)}, with ':number' and '@timesteps' "
+            "after it where wanted (such as 'taylor:2'), or a Predictor object."
         )
     try:
         return PREDICTORS[name].parse(argument, "timesteps" if axis == "timesteps" else "steps")
@@ -401,8 +401,8 @@ def with_predictor(
         histories = {stored[i][: found.terms] for i, action in enumerate(row) if measures or action == PREDICT}
         if len(histories) > 1:
             raise ConfigError(
-                f"{found}: at step {k} the branches were last computed at different steps ({_shown(histories)}), so that "
-                "one set of weights cannot predict them all. Use a policy that computes all branches together."
+                f"{found}: at step {k} the branches were last computed at different steps ({_shown(histories)}), so "
+                "that one set of weights cannot predict them all. Use a policy that computes all branches together."
             )
         if not predicts and not measures:
             weights.append(())

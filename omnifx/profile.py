@@ -25,6 +25,7 @@ from torch import Tensor
 
 from omnifx.errors import ProfileError
 from omnifx.plan import COMPUTE, Row
+from omnifx.prior import Prior, prior_path
 
 FORMAT = 1
 NUM_BANDS = 4
@@ -99,12 +100,14 @@ class Profile:
         grams: [runs, streams, NUM_HALVES, NUM_BANDS, 3 S, 3 S], float32: inner products of the recorded vectors.
         moves: [runs, S], float32: ``||x_k - x_{k-1}|| / ||x_{k-1}||`` (0 for k = 0), what the clock expects of a next
         step.
+        prior: Mean cuts at each step, if they were measured.
     Memory: 4 * runs * streams * 8 * 9 S^2 bytes on the host: 0.7 MB for one run of 50 steps.
     """
 
     meta: ProfileMeta
     grams: Tensor
     moves: Tensor
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         meta, size = self.meta, 3 * len(self.meta.timesteps)
@@ -137,9 +140,13 @@ class Profile:
         return picked.sum(axis) if half is None else picked.select(axis, half)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the JSON half lies in its header."""
+        """Write one safetensors file; the JSON half lies in its header. The prior lies beside it, see `prior_path`."""
         tensors = {"grams": self.grams.contiguous(), "moves": self.moves.contiguous()}
         save_file(tensors, str(path), metadata={"omnifx": self.meta.model_dump_json()})
+        if self.prior is not None:
+            self.prior.save(prior_path(path), fingerprint=self.meta.fingerprint)
+        else:
+            prior_path(path).unlink(missing_ok=True)  # of another profile that lay here
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -159,7 +166,11 @@ class Profile:
                     raise ProfileError(
                         f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}."
                     )
-                return cls(meta=meta, grams=file.get_tensor("grams").float(), moves=file.get_tensor("moves").float())
+                grams, moves = (file.get_tensor(name).float() for name in ("grams", "moves"))
+            beside, prior = prior_path(path), None
+            if beside.exists():
+                prior = Prior.load(beside, fingerprint=meta.fingerprint, num_steps=len(meta.timesteps))
+            return cls(meta=meta, grams=grams, moves=moves, prior=prior)
         except OSError as error:
             raise ProfileError(f"Profile.load: cannot read {path}: {error}. {again}.") from error
         except safetensors.SafetensorError as error:

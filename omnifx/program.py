@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -37,6 +37,7 @@ from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
 from omnifx.plan import COMPUTE, PREDICT, REUSE, Row
+from omnifx.prior import cut_key
 from omnifx.profile import BranchMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
 
@@ -104,7 +105,7 @@ class Program:
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
-        self._specs: dict[tuple[Row, bool, int, bool], VariantSpec] = {}
+        self._specs: dict[tuple[Row, bool, int, bool, str], VariantSpec] = {}
         run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
@@ -137,6 +138,11 @@ class Program:
         if sizes not in self._bytes:
             self._bytes[sizes] = sum(map(sizes.num_bytes, self.cut_values.values()))
         return self._bytes[sizes]
+
+    @property
+    def cut_keys(self) -> dict[str, str]:
+        """What a prior calls each cut, by node name."""
+        return {cut: cut_key(branch.name, i) for branch in self.branches for i, cut in enumerate(branch.cuts)}
 
     @property
     def filters(self) -> bool:
@@ -174,7 +180,15 @@ class Program:
         """Compute everything and return the cuts."""
         return VariantSpec(self.names, self.compute_row, writes=self.names, measures=measures and bool(self.noisy))
 
-    def reusing(self, row: Row, *, corrects: bool, terms: int = 0, stores: bool = False) -> VariantSpec:
+    def reusing(
+        self,
+        row: Row,
+        *,
+        corrects: bool,
+        terms: int = 0,
+        stores: bool = False,
+        trend: Literal["", "scale", "shift"] = "",
+    ) -> VariantSpec:
         """Do `row`; what it computes is returned for later steps.
 
         Args:
@@ -182,15 +196,18 @@ class Program:
             corrects: Whether noise is subtracted from the outputs.
             terms: Stored values that predictions read.
             stores: Whether predicted values are returned as well.
+            trend: How predicted values follow the trends of a prior; empty if they do not.
         """
         if PREDICT not in row:
-            terms, stores = 0, False
-        key = (row, corrects, terms, stores)
+            terms, stores, trend = 0, False, ""
+        key = (row, corrects, terms, stores, trend)
         if (known := self._specs.get(key)) is not None:
             return known
         writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
         corrects = corrects and bool(self.noisy)
-        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects, terms=terms, stores=stores)
+        spec = VariantSpec(
+            self.names, row, writes=writes, corrects=corrects, terms=terms, stores=stores, trend=trend or None
+        )
         self._specs[key] = spec
         return spec
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from omnifx.clock import Reading, Timeline
 from omnifx.grid import Grid, part_index
+from omnifx.prior import PriorSums
 from omnifx.profile import NUM_BANDS, NUM_HALVES, BranchMeta, Profile, ProfileMeta
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Recording:
         self.inputs = inputs
         self.groups: list[list[_Call]] = []  # calls with the same latents: the streams of one step
         self.full = False
+        self.prior: PriorSums | None = None  # only for policies that need a prior
 
     @property
     def num_steps(self) -> int:
@@ -269,4 +271,5 @@ class Recording:
             varying_names=self._names([self.inputs.large[i] for i in timeline.varying_inputs]),
             sketched=self.recorder.sketched,
         )
-        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=torch.tensor([timeline.moves]))
+        prior = self.prior.finish() if self.prior is not None else None
+        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=torch.tensor([timeline.moves]), prior=prior)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ from omnifx.sizes import Sizes
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
+
+
+class Traits(TypedDict):
+    """What tells variants with the same row apart."""
+
+    terms: int
+    stores: bool
+    trend: Literal["", "scale", "shift"]
 
 
 @dataclass
@@ -83,6 +91,7 @@ class Runner:
         self._tables: dict[VariantSpec, Table] = {}
         self._coefficients: dict[tuple[float, float], Tensor] = {}
         self._predictors: dict[tuple[float, ...], Tensor] = {}
+        self._prior: tuple[Any, Any] = (None, None)  # the one last read, and the same where the model runs
         self._low_pass: dict[tuple[int, float], Tensor] = {}
         self._lock = conductor.lock if conductor is not None else threading.RLock()
         self._boxed_call = True  # what AOTAutograd calls the convention: one list of inputs, which may be cleared
@@ -108,14 +117,16 @@ class Runner:
             return [full, self._replay_spec(None, corrects=False)]
         if not conductor.entries or conductor.record_only:
             rows = [row for row in self.policy.rows(len(program.names)) if reuses(row)]
-            ahead = {"corrects": self.policy.uses_noise, "terms": self.policy.terms, "stores": self.policy.stores}
-            return [full, *(program.reusing(row, **ahead) for row in rows)]
+            policy = self.policy
+            traits: Traits = {"terms": policy.terms, "stores": policy.stores, "trend": policy.trend}
+            return [full, *(program.reusing(row, corrects=policy.uses_noise, **traits) for row in rows)]
         specs = [full]
         for entry in conductor.entries:
             if len(entry.plan.branches) == len(program.names):
+                plan = entry.plan
                 specs += [
-                    program.reusing(row, corrects=entry.plan.reads_noise, terms=entry.plan.terms, stores=stores)
-                    for row, stores in entry.plan.readings
+                    program.reusing(row, corrects=plan.reads_noise, terms=plan.terms, stores=stores, trend=plan.trend)
+                    for row, stores in plan.readings
                 ]
         return list(dict.fromkeys(specs))
 
@@ -201,7 +212,7 @@ class Runner:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
-        if spec.predicts and (reason := self._wrong_history(job, job.row)):
+        if spec.predicts and (reason := self._wrong_history(job, job.row) or self._wrong_prior(job, spec)):
             return reason
         variant = self._compiled(spec)
         if not job.sizes.allows(variant.guards):
@@ -224,21 +235,39 @@ class Runner:
                     )
         return ""
 
+    def _wrong_prior(self, job: Job, spec: VariantSpec) -> str:
+        """Why the profile has no trends for the cuts of this step; empty if it has, or none is followed."""
+        prior = job.call.prior
+        if not job.call.trend:
+            return ""
+        if prior is None:
+            return "the plan follows the trends of a prior, but its profile has none"
+        keys = self.program.cut_keys
+        variant = self._compiled(spec)
+        for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
+            kind, _, name = label.partition(":")
+            if kind != "trend":
+                continue
+            key, shape = keys[name], job.sizes.shape(fake)
+            found = prior.shape(key) if key in prior.means else None
+            if found != shape:
+                return f"the prior of {key} has the shape {found}, but a sample's cut here is {shape}"
+        return ""
+
     def _spec(self, job: Job) -> VariantSpec:
         """What the job runs, if it reuses or predicts anything."""
-        call = job.call
-        terms = call.plan.terms if call.plan is not None else 0
-        return self.program.reusing(job.row, corrects=call.stream.reads_noise, terms=terms, stores=call.stores)
+        call, plan = job.call, job.call.plan
+        traits: Traits = {"terms": 0, "stores": False, "trend": ""}
+        if plan is not None:
+            traits = {"terms": plan.terms, "stores": call.stores, "trend": plan.trend}
+        return self.program.reusing(job.row, corrects=call.stream.reads_noise, **traits)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
-        program, call, stream = self.program, job.call, job.call.stream
+        program, call, _stream = self.program, job.call, job.call.stream
         computes = not reuses(job.row)
-        if not computes:
-            variant = self._compiled(self._spec(job))
-        else:
-            variant = self._compiled(self._full_spec(job))
+        variant = self._compiled(self._spec(job)) if not computes else self._compiled(self._full_spec(job))
         if call.stream.step == 0:
             for table in self._tables.values():
                 table.check(args)
@@ -300,7 +329,9 @@ class Runner:
         if not source.terms:
             return program.reusing(program.reuse_row, corrects=corrects)
         stores = source.stores if isinstance(source, Policy) else any(step.stores for step in source.steps)
-        return program.reusing(program.predict_row, corrects=corrects, terms=source.terms, stores=stores)
+        return program.reusing(
+            program.predict_row, corrects=corrects, terms=source.terms, stores=stores, trend=source.trend
+        )
 
     def _any_reuse(self, plan: Plan | None, corrects: bool) -> Variant:
         """The compiled variant that replays everything; with a correction to switch off, if only that one exists."""
@@ -317,8 +348,8 @@ class Runner:
     def _uncorrected_inputs(
         self, variant: Variant, job: Job, args: list[Any], predictor: tuple[float, ...] = ()
     ) -> list[Tensor]:
-        """The job's cuts and conditions, the weights of a prediction (or those that repeat the newest values), and zeros
-        for all that a correction would read."""
+        """The job's cuts and conditions, the weights of a prediction (or those that repeat the newest values), and
+        zeros for all that a correction would read."""
         conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
@@ -349,6 +380,10 @@ class Runner:
                 values.append(_zeros_like(fake, job.sizes) if held is None else held)
             elif kind == "predictor":
                 values.append(self._predictor_tensor(job.call.predictor, fake))
+            elif kind == "trend":
+                values.append(self._trend(job, name, fake))
+            elif kind == "trend_scale":
+                values.append(self._predictor_tensor((job.call.trend or 0.0,), fake))
             elif kind == "coefficients":
                 values.append(self._coefficient_tensor(job.call, fake.device))
             else:  # low_pass:<size>
@@ -392,6 +427,16 @@ class Runner:
         if padded not in self._predictors:
             self._predictors[padded] = torch.tensor(padded, dtype=torch.float32, device=fake.device)
         return self._predictors[padded]
+
+    def _trend(self, job: Job, cut: str, fake: Tensor) -> Tensor:
+        """The trend of a cut at this step; zeros where none is followed."""
+        prior = job.call.prior
+        if prior is None or not job.call.trend:
+            return _zeros_like(fake, job.sizes)
+        if prior is not self._prior[0]:
+            self._prior = (prior, prior.to(fake.device))
+        found = self._prior[1].trend(self.program.cut_keys[cut], job.call.stream.step)
+        return found.contiguous()
 
     def _low_pass_tensor(self, size: int, cutoff: float, device: torch.device) -> Tensor:
         key = (size, cutoff)
@@ -464,6 +509,9 @@ class Runner:
         if call.stream.recording is not None and not conductor.broken:
             main = program.main_output
             with self._lock:
+                if job.cuts and call.latents is not None:
+                    batch = call.latents.shape[0]
+                    conductor.keep_cuts(call, program, job.cuts, batch=batch, steps=conductor.steps or 50)
                 conductor.keep(call, outputs[main] if main is not None else None, noise)
 
     def _warm_up(self, job: Job, args: list[Any], outputs: Sequence[Any]) -> None:
@@ -476,8 +524,8 @@ class Runner:
             for whole_row, stores in plan.readings:
                 row = job.part.row_in(whole_row)
                 if reuses(row) and len(row) == len(program.names):
-                    spec = program.reusing(row, corrects=stream.reads_noise, terms=plan.terms, stores=stores)
-                    self._compiled(spec)
+                    traits: Traits = {"terms": plan.terms, "stores": stores, "trend": plan.trend}
+                    self._compiled(program.reusing(row, corrects=stream.reads_noise, **traits))
         if program.side_effects:
             return
         unchecked = [v for v in program.variants.values() if reuses(v.spec.row) and job.sizes not in v.checked]

@@ -34,6 +34,7 @@ from omnifx.graph import Branch, Inputs, hint
 from omnifx.hooks import hooks_of
 from omnifx.options import Options
 from omnifx.plan import Plan
+from omnifx.prior import prior_path
 from omnifx.profile import Profile
 from omnifx.program import Program
 from omnifx.recording import Recording
@@ -354,7 +355,12 @@ class Session:
             key = _hash(*map(repr, profile.meta.timesteps), repr(profile.meta.latent_shape[1:]))[:16]
             temporary = folder / f".{key}.{threading.get_ident()}.tmp"
             profile.save(temporary)
-            temporary.replace(folder / f"{key}.safetensors")
+            path = folder / f"{key}.safetensors"
+            if profile.prior is not None:
+                prior_path(temporary).replace(prior_path(path))
+            else:
+                prior_path(path).unlink(missing_ok=True)
+            temporary.replace(path)
         except OSError as error:
             self.tell(f"the profile could not be kept in {folder}: {error}; a new process will measure again")
 

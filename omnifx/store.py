@@ -1,7 +1,7 @@
 """The cache store: who owns which cuts. Caches belong to one stream of one generation, and die with it.
 
-Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. Where a plan
-predicts from several values, older ones move on by pointer as well. The bytes
+Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. Where a
+plan predicts from several values, older ones move on by pointer as well. The bytes
 of a stream's caches are known before its first reuse, and all streams together stay under a budget.
 """
 

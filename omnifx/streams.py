@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from omnifx.clock import Marked, Reading, Timeline, largest_move
@@ -28,6 +29,11 @@ class Entry:
     profile: Profile
     plan: Plan
     timeline: Timeline
+
+    @cached_property
+    def stored_before(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """See `Plan.stored_before`."""
+        return self.plan.stored_before()
 
     @property
     def size(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from omnifx.graph import Pass
 from omnifx.grid import Grid
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.eliminate import Eliminate
+from omnifx.passes.follow_trends import FollowTrends, Form
 from omnifx.passes.hoist_conditions import HoistConditions
 from omnifx.passes.measure_noise import MeasureNoise
 from omnifx.passes.narrow_linears import NarrowLinears
@@ -33,6 +34,8 @@ class VariantSpec:
     """Stored values of each predicted cut that are inputs; 0 if no branch is predicted."""
     stores: bool = False
     """Whether what it predicts is returned, to be stored."""
+    trend: Form | None = None
+    """How what it predicts follows the trends of a prior."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -66,6 +69,7 @@ class VariantSpec:
                 ("measure", self.measures),
                 ("correct", self.corrects),
                 ("store", self.stores),
+                ("trend", self.trend),
             )
             if on
         ]
@@ -83,6 +87,8 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
         passes.append(ReadCuts(branches=spec.reads))
     if spec.predicts:
         passes.append(PredictCuts(branches=spec.predicts, terms=spec.terms, stores=spec.stores))
+    if spec.trend:
+        passes.append(FollowTrends(branches=spec.predicts, form=spec.trend))  # on what PredictCuts made
     if spec.writes:
         passes.append(WriteCuts(branches=spec.writes))
     passes.append(Eliminate(freed=spec.cached))  # what reading the cuts left behind

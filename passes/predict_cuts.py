@@ -53,6 +53,7 @@ class PredictCuts(Pass):
                 weights = insert_input(gm, "predictor", label="predictor", like=like)
             predicted = inline(gm, _combine, [weights, *stored], before=cut)
             predicted.meta = {**cut.meta, "val": predicted.meta["val"]}
+            predicted._rename(predicted_name(name))
             cut.replace_all_uses_with(predicted)
             if self.stores:
                 append_output(gm, predicted, label=f"cut:{name}")
@@ -62,6 +63,11 @@ class PredictCuts(Pass):
         nodes = nodes_by_name(gm)
         if used := [name for name in cuts_of(gm, self.branches) if name in nodes and nodes[name].users]:
             raise PassError(f"{self.name}: the cuts {used} are still used after they were replaced.")
+
+
+def predicted_name(cut: str) -> str:
+    """The name of the node that stands for a predicted cut."""
+    return f"predicted_{cut}"
 
 
 def _combine(weights: Tensor, *stored: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ class TaylorSeer(Policy):
             wanted = check_speedup(speedup, default=2.0)
             interval = self._interval_for(profile, wanted)
         options = {**self.options, "interval": interval}
-        plan = Plan.uniform(profile, self._actions(profile.num_steps, interval), policy=self.name, policy_options=options)
+        plan = Plan.uniform(
+            profile, self._actions(profile.num_steps, interval), policy=self.name, policy_options=options
+        )
         return with_predictor(plan, profile, self.predictor, oldest=max(0, self.num_warmup_steps - 2))
 
     def _actions(self, num_steps: int, interval: int) -> list[Action]:
