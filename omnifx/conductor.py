@@ -84,7 +84,7 @@ class Call:
     log: StepLog
     weights: int
     """Version of the model's weights as the clock saw them."""
-    plan: Plan | None = None
+    entry: Entry | None = None
     """What the step was planned by, also if it runs in full instead; None while recording, or if plans differ."""
     latents: Tensor | None = None
     """The latents while the call is being recorded; the sampler may overwrite them afterwards."""
@@ -96,6 +96,11 @@ class Call:
     def measures(self) -> bool:
         """Whether the noise of reusing is wanted, for a recording or a correction."""
         return self.stream.recording is not None or self.stream.reads_noise
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the step, if there is one."""
+        return self.entry.plan if self.entry is not None else None
 
     @property
     def predictor(self) -> tuple[float, ...]:
@@ -115,7 +120,7 @@ class Call:
     @property
     def prior(self) -> Prior | None:
         """The prior of the profile that the step was planned from."""
-        return self.stream.entries[0].profile.prior if self.plan is not None else None
+        return self.entry.profile.prior if self.entry is not None else None
 
     def stored_in(self, part: Part) -> tuple[bool, ...]:
         """For each branch of a part, whether its values of this step are stored.
@@ -130,8 +135,8 @@ class Call:
 
     def stored_before(self, part: Part) -> tuple[tuple[int, ...], ...]:
         """For each branch of a part, the steps that its stored values come from, as planned; newest first."""
-        assert self.plan is not None  # only asked of planned predictions
-        return part.steps_in(self.plan.stored_before[self.stream.step])
+        assert self.entry is not None  # only asked of planned predictions
+        return part.steps_in(self.entry.stored_before[self.stream.step])
 
 
 class Conductor:
@@ -371,7 +376,7 @@ class Conductor:
         self.store.touch(stream.key)
         if not reading.finite:
             stream.doubt = "the latents hold NaN or infinity"
-        row, correction, plan, planned_reason = self._planned(stream)
+        row, correction, entry, planned_reason = self._planned(stream)
         if reuses(row):
             if refusal := self._refusal(stream) or reason or planned_reason:
                 row, correction, reason = self._compute_row, None, refusal
@@ -379,7 +384,7 @@ class Conductor:
         elif not stream.doubt:
             reason = planned_reason
         call = self._call(stream, row, correction, reason, reading, weights)
-        call.plan = plan
+        call.entry = entry
         return call
 
     @property
@@ -392,14 +397,14 @@ class Conductor:
         log = StepLog(stream.step, stream.number, "", reason, 0, 0)
         return Call(stream, row, correction, reason, reading, log, weights)
 
-    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, Plan | None, str]:
-        """Row, correction and plan of the step, if all plans that still fit agree."""
-        first = stream.entries[0].plan
-        row, correction = first.row_of(stream.step), first.steps[stream.step].correction
+    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, Entry | None, str]:
+        """Row and correction of the step, and the plan they are from, if all plans that still fit agree."""
+        first = stream.entries[0]
+        row, correction = first.plan.row_of(stream.step), first.plan.steps[stream.step].correction
         if _is_filtered(correction) and not self.filters:
             return self._compute_row, None, first, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
-            if _numbers(entry, stream.step) != _numbers(stream.entries[0], stream.step):
+            if _numbers(entry, stream.step) != _numbers(first, stream.step):
                 differ = any(reuses(e.plan.row_of(stream.step)) for e in stream.entries)
                 why = "several calibrated step counts still fit, and their plans differ here" if differ else ""
                 return self._compute_row, None, None, why

@@ -310,7 +310,7 @@ def test_what_a_plan_stores_is_known_ahead() -> None:
         make_profile(5), actions, policy="toy", weights=weights, stores=[False, True, False, False, False], terms=2
     )
 
-    assert [stored[0] for stored in plan.stored_before] == [(), (0,), (1, 0), (1, 0), (3, 1)]
+    assert [stored[0] for stored in plan.stored_before()] == [(), (0,), (1, 0), (1, 0), (3, 1)]
     assert plan.readings == (((PREDICT,) * 2, True), ((PREDICT,) * 2, False))
     assert plan.timeline().splitlines()[1] == "FppFp"
     assert plan.num_reuse_steps == 3

@@ -34,9 +34,7 @@ def moved(
 
 def trends_of(cuts: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {
-        name: torch.randn(cut.shape[0] // batch, *cut.shape[1:], generator=generator) for name, cut in cuts.items()
-    }
+    return {name: torch.randn(cut.shape[0] // batch, *cut.shape[1:], generator=generator) for name, cut in cuts.items()}
 
 
 @pytest.mark.parametrize("form", ["scale", "shift"])
