@@ -445,7 +445,8 @@ def _from_newest(others: Tensor) -> Weights:
 def _ridge(rows: Tensor, target: Tensor, penalty: float) -> Tensor:
     """The combination of `rows` that a regularised least-squares fit in their columns gives at `target`."""
     square = rows.T @ rows + (penalty + 1e-12) * torch.eye(rows.shape[1], dtype=rows.dtype)
-    return rows @ torch.linalg.solve(square, target)
+    found: Tensor = rows @ torch.linalg.solve(square, target)
+    return found
 
 
 def _refuse_axis(axis: Axis) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from omnifx.errors import ConfigError, ProfileError
 
-Rows = Literal["all", "first", "second"]
+Samples = Literal["all", "first", "second"]
 Precision = Literal["float32", "float16", "bfloat16"]
 
 FORMAT = 1
@@ -37,7 +37,7 @@ class PriorSpec:
     Raises: ConfigError for values out of range.
     """
 
-    rows: Rows = "all"
+    samples: Samples = "all"
     """Samples of a call that are averaged: all, or the first or second half of the batch (the conditional one of
     guidance in one call). The average stands for all samples either way."""
     precision: Precision = "float16"
@@ -45,7 +45,7 @@ class PriorSpec:
     """Directions in which the steps of a cut may differ; None keeps all steps as they are."""
 
     def __post_init__(self) -> None:
-        for option, value, allowed in (("rows", self.rows, Rows), ("precision", self.precision, Precision)):
+        for option, value, allowed in (("samples", self.samples, Samples), ("precision", self.precision, Precision)):
             if value not in get_args(allowed):
                 raise ConfigError(f"prior: {option} must be one of {list(get_args(allowed))}, got {value!r}.")
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
@@ -116,7 +116,8 @@ class Prior:
         if not self.places:
             return self.means[key][step].float() - self.means[key][before].float()
         place = self.places[key][step] - self.places[key][before]
-        return torch.tensordot(place, self.means[key].float(), 1)
+        moved: Tensor = torch.tensordot(place, self.means[key].float(), 1)
+        return moved
 
     def along(self, key: str) -> Tensor:
         """One cut at all steps, [S, rows, ...] float32; with a rank, up to a constant."""
@@ -128,7 +129,7 @@ class Prior:
             "format": FORMAT,
             "fingerprint": fingerprint,
             "num_runs": self.num_runs,
-            "rows": self.spec.rows,
+            "samples": self.spec.samples,
             "precision": self.spec.precision,
             "rank": self.spec.rank,
         }
@@ -147,7 +148,7 @@ class Prior:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 meta: dict[str, Any] = json.loads((file.metadata() or {})["omnifx_prior"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            spec = PriorSpec(rows=meta["rows"], precision=meta["precision"], rank=meta["rank"])
+            spec = PriorSpec(samples=meta["samples"], precision=meta["precision"], rank=meta["rank"])
             parts = (
                 {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{part}/")}
                 for part in ("means", "places")
@@ -174,7 +175,7 @@ def merge_priors(priors: Sequence[Prior]) -> Prior:
     sizes = [{key: (prior.num_steps, *prior.shape(key)) for key in prior.means} for prior in priors]
     if any(size != sizes[0] for size in sizes):
         raise ProfileError(
-            "merge: the runs made other cuts, or other steps; all must be of one model with equal inputs."
+            "merge: the runs made other cuts, or other steps; all must be of one model and sampler."
         )
     runs = sum(prior.num_runs for prior in priors)
     means = {
@@ -232,14 +233,14 @@ class PriorSums:
         if value.shape[0] % batch:
             self.give_up(f"a cut of shape {list(value.shape)} has no rows for each of {batch} samples")
             return None
-        samples = value.detach().float().unflatten(0, (batch, -1))
+        taken: Tensor = value.detach().float().unflatten(0, (batch, -1))
         half = batch // 2
-        if self.spec.rows != "all":
+        if self.spec.samples != "all":
             if batch % 2:
-                self.give_up(f"rows={self.spec.rows!r} asks for half of the batch, but it has {batch} samples")
+                self.give_up(f"samples={self.spec.samples!r} asks for half of the batch, but it has {batch} samples")
                 return None
-            samples = samples[:half] if self.spec.rows == "first" else samples[half:]
-        return samples.mean(0)
+            taken = taken[:half] if self.spec.samples == "first" else taken[half:]
+        return taken.mean(0)
 
     def finish(self) -> Prior | None:
         """The prior; None if there is a `problem`."""

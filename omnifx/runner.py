@@ -435,7 +435,7 @@ class Runner:
             return _zeros_like(fake, job.sizes)
         if prior is not self._prior[0]:
             self._prior = (prior, prior.to(fake.device))
-        found = self._prior[1].trend(self.program.cut_keys[cut], job.call.stream.step)
+        found: Tensor = self._prior[1].trend(self.program.cut_keys[cut], job.call.stream.step)
         return found.contiguous()
 
     def _low_pass_tensor(self, size: int, cutoff: float, device: torch.device) -> Tensor:

@@ -73,7 +73,7 @@ class FollowTrends(Pass):
 def _mover(form: Form) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def move(value: Tensor, trend: Tensor, scale: Tensor) -> Tensor:
         precise = torch.float64 if value.dtype == torch.float64 else torch.float32
-        samples = value.to(precise).unflatten(0, (-1, trend.shape[0]))
+        samples: Tensor = value.to(precise).unflatten(0, (-1, trend.shape[0]))
         change = scale[0] * trend.to(precise)
         moved = samples * (1.0 + change) if form == "scale" else samples + change
         return moved.flatten(0, 1).to(value.dtype)

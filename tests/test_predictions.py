@@ -89,7 +89,7 @@ def last(fast: Any) -> Any:
 # -- what is predicted -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["Fpp", "FFpppp", "Fa", "Fpm", "FFmmpFa"])
+@pytest.mark.parametrize("pattern", ["Fpp", "FFpppp", "Fa", "Fam", "FFmma"])
 def test_branches_are_predicted_from_their_own_last_values(pattern: str) -> None:
     fast = calibrated(toy(), Predicted(pattern=pattern))
     letters = (pattern * STEPS)[:STEPS]

@@ -7,7 +7,7 @@ Theta multiplies by the feature itself, so that its unit is one over the feature
 Form "shift", ``f_cached + a E_t``, has no unit; it is ours. So is the judgement of steps: the paper's has two criteria,
 of which the magnitude of E is known; here a step follows the prior if E is not small beside its mean over all steps,
 and goes on in the direction of the step before, taken over all branches. The source averages the conditional half of
-the batch, and applies that to both halves; a graph does not tell which half that is, so `rows` does.
+the batch, and applies that to both halves; a graph does not tell which half that is, so `samples` does.
 Cost: one set of cuts; the prior (see `omnifx.prior`); a pass over both in each cached step.
 """
 
@@ -23,7 +23,7 @@ from omnifx.errors import ConfigError
 from omnifx.plan import COMPUTE, PREDICT, Plan
 from omnifx.policies.fora import interval_for
 from omnifx.policy import Policy, register
-from omnifx.prior import Precision, Prior, PriorSpec, Rows
+from omnifx.prior import Precision, Prior, PriorSpec, Samples
 from omnifx.profile import Profile
 
 Form = Literal["scale", "shift"]
@@ -43,7 +43,7 @@ class Eoc(Policy):
     strength: float | None = None  # s, >= 0; None: 0.01 to scale, 1 to shift
     floor: float = 0.05  # least mean |E| of a step that follows it, as a share of the mean over steps, >= 0
     judges: bool = True  # whether steps must pass the judgement; False: every cached step follows the prior
-    rows: Rows = "all"  # see PriorSpec
+    samples: Samples = "all"  # see PriorSpec
     precision: Precision = "float16"
     rank: int | None = None
 
@@ -55,7 +55,7 @@ class Eoc(Policy):
         for option, value in (("strength", self.strength), ("floor", self.floor)):
             if value is not None and (isinstance(value, bool) or not 0.0 <= value < math.inf):
                 raise ConfigError(f"{option} must be a number >= 0, got {value!r}.")
-        PriorSpec(rows=self.rows, precision=self.precision, rank=self.rank)
+        PriorSpec(samples=self.samples, precision=self.precision, rank=self.rank)
 
     @property
     def terms(self) -> int:
@@ -75,7 +75,7 @@ class Eoc(Policy):
     @property
     def prior(self) -> PriorSpec:
         """What is averaged, and how it is kept."""
-        return PriorSpec(rows=self.rows, precision=self.precision, rank=self.rank)
+        return PriorSpec(samples=self.samples, precision=self.precision, rank=self.rank)
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         if profile.prior is None:

@@ -22,7 +22,11 @@ def test_the_cut_becomes_a_combination_and_its_branch_goes() -> None:
     assert graph_text(traced.gm) == (
         "arg0_1 | arg1_1 | arg2_1 | arg3_1 | arg4_1 | cached_unsqueeze_2 | cached1_unsqueeze_2 | predictor | "
         "sigmoid = sigmoid(arg0_1) | unsqueeze = unsqueeze(sigmoid) | unsqueeze_1 = unsqueeze(unsqueeze) | "
-        "?"
+        "select_2 = select(predictor) | mul_1 = mul(select_2, cached_unsqueeze_2) | "
+        "select_3 = select(predictor) | mul_2 = mul(select_3, cached1_unsqueeze_2) | "
+        "predicted_unsqueeze_2 = add(mul_1, mul_2) | mul = mul(unsqueeze_1, predicted_unsqueeze_2) | "
+        "add = add(arg1_1, mul) | select_1 = select(add) | permute_2 = permute(arg4_1) | "
+        "mm_2 = mm(select_1, permute_2) | unsqueeze_3 = unsqueeze(mm_2) | return(unsqueeze_3)"
     )
 
 
