@@ -54,7 +54,7 @@ import omnifx
 from benchmarks import models
 from benchmarks.results import save, table
 from omnifx.example_inputs import lively
-from omnifx.plan import REUSE, Correction, Plan
+from omnifx.plan import Correction, Plan, reuses
 from omnifx.policies.omnicache import OmniCache
 from omnifx.policy import Policy
 from omnifx.profile import Profile
@@ -161,7 +161,7 @@ class _AlwaysCorrects(OmniCache):
         plan = super().plan(profile, speedup=speedup)
         correction = Correction(gamma=0.5, filter="low")
         steps = tuple(
-            step.model_copy(update={"correction": correction if REUSE in row else None})
+            step.model_copy(update={"correction": correction if reuses(row) else None})
             for step, row in zip(plan.steps, plan.rows, strict=True)
         )
         return plan.model_copy(update={"steps": steps})

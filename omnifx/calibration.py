@@ -14,6 +14,7 @@ from torch import nn
 from omnifx.errors import ConfigError, ProfileError
 from omnifx.plan import Plan
 from omnifx.policy import Policy, resolve
+from omnifx.prior import Prior, merge_priors
 from omnifx.profile import Profile
 from omnifx.session import find_session, generation, options_of
 
@@ -34,7 +35,7 @@ def calibrate(
         model: The denoiser, as it is or compiled with ``backend="omnicache"`` (whose lowering and Inductor options are
         used).
         generate: ``generate(model, seed)`` runs one generation with the model it is given; its result is not used.
-        policy: What the profile is for; every policy reads the same profile.
+        policy: What the profile is for; every policy reads the same profile, and some a prior beside it.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
         save: Where to write the profile.
         options: Further options of the backend, such as ``{"lowering": "eager"}``.
@@ -44,7 +45,8 @@ def calibrate(
     Raises: ConfigError for `runs` < 1 or a model without reusable branches; ProfileError if a run could not be
     measured, or ran
         other steps than the first.
-    Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it.
+    Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it; for a policy with
+    a prior as much again, and as much on the host.
     """
     if not isinstance(runs, int) or runs < 1:
         raise ConfigError(f"calibrate: runs must be a number >= 1, got {runs!r}.")
@@ -55,6 +57,7 @@ def calibrate(
     compiled = torch.compile(plain, backend="omnicache", options=taken)
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     profiles: list[Profile] = []
+    prior: Prior | None = None
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("runs", total=runs)
         for seed in range(runs):
@@ -69,9 +72,13 @@ def calibrate(
                 )
             if _measured(compiled) == before:
                 raise ProfileError(f"calibrate: run {seed} could not be measured: {'; '.join(session.log.notes)}")
-            profiles.append(next(p for conductor in session.conductors for p in conductor.profiles[-1:]))
+            measured = next(conductor.profiles for conductor in session.conductors if conductor.profiles)
+            priors = [p for p in (prior, measured[-1].prior) if p is not None]
+            prior = merge_priors(priors) if priors else None
+            measured[-1] = replace(measured[-1], prior=None)  # of many runs, only the mean is held
+            profiles.append(measured[-1])
             bar.advance(task)
-    profile = merge(profiles)
+    profile = replace(merge(profiles), prior=prior)
     if save is not None:
         profile.save(save)
     return profile

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from omnifx.changes import ChangeMeter, Changes
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
-from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
+from omnifx.plan import COMPUTE, Correction, Plan, PlanSpan, PlanStep, Row, reuses, stored_actions
 from omnifx.policy import Policy
+from omnifx.prior import Prior, PriorSums
 from omnifx.profile import BranchMeta, Profile
-from omnifx.recording import Recorder, Recording
+from omnifx.recording import FEWEST_STEPS, Recorder, Recording
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
 from omnifx.spans import span_name
@@ -72,13 +73,17 @@ class Part:
             return kept
         return tuple(name.removeprefix(self.prefix) for name in kept if name.startswith(self.prefix))
 
-    def num_bytes(self, kept: tuple[str, ...] | None = None) -> int:
-        """Bytes of its cuts for one stream, at the sizes of its first call."""
-        return self.program.cache_bytes_at(self.sizes, self.kept_here(kept))
+    def num_bytes(self, kept: tuple[str, ...] | None = None, terms: int = 0) -> int:
+        """Bytes of its cuts for one stream, at the sizes of its first call: see `Program.cache_bytes_at`."""
+        return self.program.cache_bytes_at(self.sizes, self.kept_here(kept), terms)
 
     def row_in(self, row: Row) -> Row:
         """What a step's row says of this part, and of spans: only the one graph of a model has any."""
         return row if not self.prefix else row[self.start : self.start + len(self.program.names)]
+
+    def steps_in(self, steps: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """What a plan says of this part's branches, of steps for each branch."""
+        return steps[self.start : self.start + len(self.program.names)]
 
 
 @dataclass
@@ -93,6 +98,8 @@ class Call:
     log: StepLog
     weights: int
     """Version of the model's weights as the clock saw them."""
+    entry: Entry | None = None
+    """What the step was planned by, also if it runs in full instead; None while recording, or if plans differ."""
     latents: Tensor | None = None
     """The latents while the call is being recorded; the sampler may overwrite them afterwards."""
     logged: bool = False
@@ -118,6 +125,50 @@ class Call:
     def measures(self) -> bool:
         """Whether the noise of reusing is wanted, for a recording or a correction."""
         return self.stream.recording is not None or self.stream.reads_noise
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the step, if there is one."""
+        return self.entry.plan if self.entry is not None else None
+
+    @property
+    def predictor(self) -> tuple[float, ...]:
+        """The planned weights of the step's predictions, newest first; empty if it has none."""
+        return self.plan.steps[self.stream.step].weights if self.plan is not None else ()
+
+    @property
+    def stores(self) -> bool:
+        """Whether predicted values of this step are stored."""
+        return self.plan is not None and self.plan.steps[self.stream.step].stores
+
+    @property
+    def trend(self) -> float:
+        """What the trends of this step are multiplied by."""
+        return self.plan.steps[self.stream.step].trend if self.plan is not None else 0.0
+
+    @property
+    def prior(self) -> Prior | None:
+        """The prior of the profile that the step was planned from."""
+        return self.entry.profile.prior if self.entry is not None else None
+
+    def stored_in(self, part: Part) -> tuple[bool, ...]:
+        """For each branch of a part, whether its values of this step are stored.
+
+        Where a plan predicts, exactly those that it counts on: a full step that it did not ask for leaves the others
+        alone, or the planned weights would be those of other steps.
+        """
+        if self.plan is None or not self.stream.terms:
+            return (True,) * len(part.program.names)
+        if self.plan.branches[part.start : part.start + len(part.names)] != part.names:
+            return (True,) * len(part.names)  # other graphs than those that were planned for: nothing is reused
+        kept = stored_actions(self.plan.steps[self.stream.step])
+        row = part.row_in(self.plan.row_of(self.stream.step))
+        return tuple(action in kept for action in row[: len(part.names)])
+
+    def stored_before(self, part: Part) -> tuple[tuple[int, ...], ...]:
+        """For each branch of a part, the steps that its stored values come from, as planned; newest first."""
+        assert self.entry is not None  # only asked of planned predictions
+        return part.steps_in(self.entry.stored_before[self.stream.step])
 
 
 class Conductor:
@@ -218,8 +269,8 @@ class Conductor:
         """Bytes of one stream's cuts, at the sizes seen first."""
         return self._num_bytes()
 
-    def _num_bytes(self, kept: tuple[str, ...] | None = None) -> int:
-        return sum(part.num_bytes(kept) for part in self.parts)
+    def _num_bytes(self, kept: tuple[str, ...] | None = None, terms: int = 0) -> int:
+        return sum(part.num_bytes(kept, terms) for part in self.parts)
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
@@ -266,7 +317,7 @@ class Conductor:
         part = self._by_call.get((id(program), occurrence))
         if part is None and not self._sealed:
             part = self._add_part(program, occurrence, sizes)
-            num_bytes = part.num_bytes(call.stream.kept)
+            num_bytes = part.num_bytes(call.stream.kept, call.stream.terms)
             if num_bytes and not self.store.enlarge(call.stream.key, num_bytes):
                 self.inactive = (
                     f"cache_budget has no room for the caches of all graphs of the model: {self.cache_bytes:,} bytes "
@@ -344,7 +395,7 @@ class Conductor:
         latents: Tensor | None,
         *,
         weights: int,
-        num_bytes: Callable[[tuple[str, ...] | None], int] | None = None,
+        num_bytes: Callable[[tuple[str, ...] | None, int], int] | None = None,
     ) -> Call:
         """What the step that begins now does.
 
@@ -353,7 +404,8 @@ class Conductor:
             latents: As they are now.
             weights: Version of the model's weights.
             num_bytes: Tells the bytes of one stream's cuts at the sizes of this call, from the names of the branches
-                that it keeps (None: all); by default, those of the parts known so far.
+                that it keeps (None: all) and how many of their values plans predict from; by default, those of the
+                parts known so far.
         """
         num_bytes = num_bytes or self._num_bytes
         mark = self._mark()
@@ -369,21 +421,23 @@ class Conductor:
         self.store.touch(stream.key)
         if not reading.finite:
             stream.doubt = "the latents hold NaN or infinity"
-        row, correction, planned_reason = self._planned(stream)
-        if REUSE in row:
+        row, correction, entry, planned_reason = self._planned(stream)
+        if reuses(row):
             if refusal := self._refusal(stream) or reason or planned_reason:
                 row, correction, reason = self._compute_row, None, refusal
                 stream.on_plan = False
         elif not stream.doubt:
             reason = planned_reason
-        return self._call(stream, row, correction, reason, reading, weights)
+        call = self._call(stream, row, correction, reason, reading, weights)
+        call.entry = entry
+        return call
 
     def _begin(
         self,
         reading: Reading,
         mark: Marked | None,
         latents: Tensor | None,
-        num_bytes: Callable[[tuple[str, ...] | None], int],
+        num_bytes: Callable[[tuple[str, ...] | None, int], int],
     ) -> Stream | None:
         stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
         if stream is not None and any(entry.plan.merges for entry in stream.entries):
@@ -400,20 +454,18 @@ class Conductor:
         log = StepLog(stream.step, stream.number, "", reason, 0, 0)
         return Call(stream, row, correction, reason, reading, log, weights)
 
-    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, str]:
-        """Row and correction of the step, if all plans that still fit agree."""
-        first = stream.entries[0].plan
-        row, correction = first.row_of(stream.step), first.steps[stream.step].correction
+    def _planned(self, stream: Stream) -> tuple[Row, Correction | None, Entry | None, str]:
+        """Row and correction of the step, and the plan they are from, if all plans that still fit agree."""
+        first = stream.entries[0]
+        row, correction = first.plan.row_of(stream.step), first.plan.steps[stream.step].correction
         if _is_filtered(correction) and not self.filters:
-            return self._compute_row, None, "the plan filters its corrections, but the output has no grid here"
+            return self._compute_row, None, first, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
-            other = entry.plan
-            agree = (other.row_of(stream.step), other.spans, other.steps[stream.step].correction)
-            if agree != (row, first.spans, correction):
-                reuses = any(REUSE in e.plan.row_of(stream.step) for e in stream.entries)
-                why = "several calibrated step counts still fit, and their plans differ here" if reuses else ""
-                return self._compute_row, None, why
-        return row, correction, ""
+            if _numbers(entry, stream.step) != _numbers(first, stream.step):
+                differ = any(reuses(e.plan.row_of(stream.step)) for e in stream.entries)
+                why = "several calibrated step counts still fit, and their plans differ here" if differ else ""
+                return self._compute_row, None, None, why
+        return row, correction, first, ""
 
     def _refusal(self, stream: Stream) -> str:
         """Why this stream may not reuse anything now; empty if it may."""
@@ -440,7 +492,7 @@ class Conductor:
         reason: str,
         latents: Tensor | None,
         weights: int,
-        num_bytes: Callable[[tuple[str, ...] | None], int],
+        num_bytes: Callable[[tuple[str, ...] | None, int], int],
     ) -> Call:
         """A step that no plan covers: run it in full and measure it."""
         key = (mark, reading.shapes)
@@ -459,7 +511,7 @@ class Conductor:
         if number == len(streams):
             log = streams[0].log if streams else None
             kept, lags = self.recorded, self.policy.measured_lags
-            size, more = num_bytes(kept), lags * num_bytes(self.measured) if self.measured else 0
+            size, more = num_bytes(kept, 0), lags * num_bytes(self.measured, 0) if self.measured else 0
             fits = size + more <= self.store.budget
             stream = self.streams.open(reading, mark, log, num_bytes=size + more if fits else size)
             stream.kept = kept
@@ -521,6 +573,36 @@ class Conductor:
             self._unseen_output = False
         recording.add(call.reading, recorder, vectors, call.changes)
         self._unseen_output |= unseen
+
+    def keep_cuts(self, call: Call, program: Program, cuts: Mapping[str, Tensor], *, batch: int, steps: int) -> None:
+        """Add a recorded step's cuts to the prior, if the policy needs one.
+
+        Args:
+            call: The step.
+            program: What made them.
+            cuts: By node name.
+            batch: Samples of the call.
+            steps: What to tell the bytes of, before any is kept.
+        """
+        recording, spec = call.stream.recording, self.policy.prior
+        if recording is None or spec is None:
+            return
+        keys = program.cut_keys
+        known = {name: value for name, value in cuts.items() if name in keys}  # spans have no trends
+        if recording.prior is None:
+            recording.prior = PriorSums(spec, self.record_budget)
+            a_step = sum(cut.numel() for cut in known.values()) // batch * spec.dtype.itemsize
+            self.log.note(
+                f"the prior of policy {self.policy.name} takes {a_step:,} bytes a step, {a_step * steps:,} for {steps} "
+                f"steps; record_budget is {self.record_budget:,}"
+            )
+            if (least := a_step * (self.steps or FEWEST_STEPS)) > self.record_budget:
+                recording.prior.give_up(
+                    f"the prior takes {least:,} bytes for {self.steps or FEWEST_STEPS} steps, but record_budget is "
+                    f"{self.record_budget:,}. Raise it, or keep the prior in less precision"
+                )
+        for name, value in known.items():
+            recording.prior.add(call.stream.step, keys[name], value, batch=batch)
 
     def end_step(self, call: Call, output: Tensor | None) -> None:
         """A call of a broken model is over: all its parts have run."""
@@ -589,6 +671,8 @@ class Conductor:
         if not self.names:
             return
         profile = self.make_profile(recording, self)
+        if recording.prior is not None and recording.prior.problem:
+            self.tell(f"{recording.prior.problem}.")
         self.profiles.append(profile)
         if not self.record_only:
             try:
@@ -607,7 +691,7 @@ class Conductor:
                 call.logged = True
                 stream.log.steps.append(call.log)
             call.log.add(label, reason, spent, whole)
-            if REUSE not in call.row:
+            if not reuses(call.row) or stream.terms:
                 stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
             if stream.entries:
                 self.following = True
@@ -626,6 +710,13 @@ class Conductor:
             budget, axis = self.record_budget, self.frame_axis
             self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
         return self._recorders[key]
+
+
+def _numbers(entry: Entry, step: int) -> tuple[Row, tuple[PlanSpan, ...], PlanStep, Prior | None]:
+    """All that a plan says of a step, with the spans of its row and the prior whose trends it follows there."""
+    plan, planned = entry.plan, entry.plan.steps[step]
+    prior = entry.profile.prior if planned.trend else None
+    return plan.row_of(step), plan.spans, planned.model_copy(update={"variant": 0}), prior
 
 
 def _is_filtered(correction: Correction | None) -> bool:

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, REUSE, Plan
+from omnifx.plan import COMPUTE, PREDICT, Plan, reuses
 from omnifx.policies.omnicache import OmniCache
 from omnifx.profile import Profile
 
@@ -44,21 +44,24 @@ class _Look:
 _LOOKS = {
     "full": _Look("full: everything computed", "#0072B2", "o", ""),
     "reuse": _Look("reuse", "#E69F00", "s", "////"),
+    "predict": _Look("prediction from stored values", "#56B4E9", "v", "...."),
     "corrected": _Look("reuse, output corrected", "#009E73", "^", "\\\\\\\\"),
     "mixed": _Look("some branches reused", "#CC79A7", "D", "xxxx"),
 }
 
 
 def kinds_of_steps(plan: Plan) -> list[str]:
-    """What each step of a plan does: "full", "reuse", "corrected" (a reuse with a correction) or "mixed"."""
+    """What each step of a plan does: "full", "reuse", "predict", "corrected" (either with a correction) or "mixed"."""
     kinds = []
     for step, row in zip(plan.steps, plan.rows, strict=True):
-        if REUSE not in row:
+        if not reuses(row):
             kinds.append("full")
         elif COMPUTE in row:
             kinds.append("mixed")
+        elif step.correction is not None:
+            kinds.append("corrected")
         else:
-            kinds.append("reuse" if step.correction is None else "corrected")
+            kinds.append("predict" if PREDICT in row else "reuse")
     return kinds
 
 

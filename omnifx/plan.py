@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from omnifx.errors import PlanError
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-Action = Literal["compute", "reuse"]
+Action = Literal["compute", "reuse", "predict"]
 COMPUTE: Action = "compute"
 REUSE: Action = "reuse"
+"""Take the newest stored value of a branch's cuts."""
+PREDICT: Action = "predict"
+"""Take a combination of the last stored values, with the weights of the step."""
 
 Row = tuple[Action, ...]
 """One action for each branch, in the order of the branches; its row of actions is a variant's name."""
@@ -47,6 +50,13 @@ class PlanStep(BaseModel):
 
     variant: int = Field(ge=0)
     correction: Correction | None = None
+    weights: tuple[FiniteFloat, ...] = ()
+    """What predicted branches multiply their stored values by, newest first. At a full step: what the replay that
+    measures noise predicts with; without weights it repeats the newest values."""
+    stores: bool = False
+    """Whether predicted values are stored as if they had been computed."""
+    trend: FiniteFloat = 0.0
+    """What the trends of predicted branches are multiplied by, see `Plan.trend`."""
     merges: tuple[str, ...] = ()
     """Branches whose cuts become, behind this step, the mean of both halves of the batch, where these have the same
     latents (a conditional and an unconditional half)."""
@@ -96,6 +106,11 @@ class Plan(BaseModel):
     steps: tuple[PlanStep, ...]
     reuse_flops: tuple[float, ...]
     """FLOPs of each variant over the FLOPs of the variant that computes everything."""
+    terms: int = Field(default=0, ge=0)
+    """Stored values that a predicted branch reads, and a stream keeps of it; 0 if no branch is predicted."""
+    trend: Literal["", "scale", "shift"] = ""
+    """How predicted values follow the trends E of the profile's prior, with the step's factor s: ``f (1 + s E)`` or
+    ``f + s E``; empty if they do not."""
     notes: tuple[str, ...] = ()
     """What the policy measured and decided, in sentences."""
 
@@ -118,12 +133,36 @@ class Plan(BaseModel):
         if bad := [
             i for i, row in enumerate(self.variants) if self._with_insides(row, self.branches, self.spans) != row
         ]:
-            raise ValueError(f"variants {bad} compute a branch inside of a span that they reuse")
+            raise ValueError(f"variants {bad} compute or predict a branch inside of a span that they reuse")
+        if bad := [i for i, row in enumerate(self.variants) if PREDICT in row[len(self.branches) :]]:
+            raise ValueError(f"variants {bad} predict a span; spans are computed or reused")
         if bad := [k for k, step in enumerate(self.steps) if step.variant >= len(self.variants)]:
             raise ValueError(f"steps {bad} name a variant that is not in the plan (it has {len(self.variants)})")
-        if REUSE in self.rows[0]:
+        if reuses(self.rows[0]):
             raise ValueError("step 0 reuses a branch, but nothing was computed before it")
+        self._check_predictions()
         return self
+
+    def _check_predictions(self) -> None:
+        stored = self.stored_before() if any(step.weights for step in self.steps) else ()
+        for k, (step, row) in enumerate(zip(self.steps, self.rows, strict=True)):
+            if len(step.weights) > self.terms:
+                raise ValueError(f"step {k} has {len(step.weights)} weights, but the plan's terms are {self.terms}")
+            if PREDICT in row and not step.weights:
+                raise ValueError(f"step {k} predicts a branch, but has no weights")
+            if step.weights and PREDICT not in row and reuses(row):
+                raise ValueError(f"step {k} has weights, but predicts no branch")
+            if step.trend and (PREDICT not in row or not self.trend):
+                raise ValueError(f"step {k} follows trends, but predicts no branch, or the plan does not say how")
+            if step.stores and PREDICT not in row:
+                raise ValueError(f"step {k} stores predicted values, but predicts no branch")
+            needed = max((i + 1 for i, weight in enumerate(step.weights) if weight), default=0)
+            for i, action in enumerate(row[: len(self.branches)] if needed else ()):
+                if (action == PREDICT or not reuses(row)) and len(stored[k][i]) < needed:
+                    raise ValueError(
+                        f"step {k} predicts from {needed} stored values, but {self.branches[i]} has "
+                        f"{len(stored[k][i])} before it"
+                    )
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -134,6 +173,24 @@ class Plan(BaseModel):
         """The row of actions of one step."""
         return self.variants[self.steps[step].variant]
 
+    def stored_before(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """For each step and branch, the steps whose values are stored when it begins: newest first, at most `terms`."""
+        stored: tuple[tuple[int, ...], ...] = ((),) * len(self.branches)
+        found = []
+        for k, (step, row) in enumerate(zip(self.steps, self.rows, strict=True)):
+            found.append(stored)
+            stored = tuple(
+                (k, *old)[: max(1, self.terms)] if action in stored_actions(step) else old
+                for action, old in zip(row[: len(self.branches)], stored, strict=True)
+            )
+        return tuple(found)
+
+    @property
+    def readings(self) -> tuple[tuple[Row, bool], ...]:
+        """The distinct rows that read caches, each with whether it stores what it predicts."""
+        found = zip(self.rows, self.steps, strict=True)
+        return tuple(dict.fromkeys((row, step.stores) for row, step in found if reuses(row)))
+
     @property
     def speedup(self) -> float:
         """FLOPs of an uncached generation over the planned FLOPs; no unit, >= 1."""
@@ -141,8 +198,8 @@ class Plan(BaseModel):
 
     @property
     def num_reuse_steps(self) -> int:
-        """How many steps reuse at least one branch."""
-        return sum(REUSE in row for row in self.rows)
+        """How many steps reuse or predict at least one branch."""
+        return sum(map(reuses, self.rows))
 
     @property
     def reads_noise(self) -> bool:
@@ -151,7 +208,8 @@ class Plan(BaseModel):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The branches and spans whose cuts are kept from step to step: those that some row reuses by themselves.
+        """The branches and spans whose cuts are kept from step to step: those that some row reuses or predicts by
+        themselves.
 
         All branches if steps are corrected, since the noise of reusing is measured with all cuts.
         """
@@ -159,7 +217,7 @@ class Plan(BaseModel):
         for row in self.variants:
             spans = [s for s, action in zip(self.spans, row[len(self.branches) :], strict=True) if action == REUSE]
             inside = {name for span in spans for name in span.branches}
-            names = [n for n, action in zip(self.branches, row, strict=False) if action == REUSE and n not in inside]
+            names = [n for n, action in zip(self.branches, row, strict=False) if action != COMPUTE and n not in inside]
             found.update(names, (span.name for span in spans))
         return tuple(name for name in (*self.branches, *self.span_names) if name in found)
 
@@ -201,6 +259,11 @@ class Plan(BaseModel):
         policy: str,
         policy_options: dict[str, Any] | None = None,
         corrections: Sequence[Correction | None] | None = None,
+        weights: Sequence[tuple[float, ...]] | None = None,
+        stores: Sequence[bool] | None = None,
+        terms: int = 0,
+        trends: Sequence[float] | None = None,
+        trend: Literal["", "scale", "shift"] = "",
         notes: Sequence[str] = (),
         spans: Sequence[str] = (),
         merges: Mapping[int, tuple[str, ...]] | None = None,
@@ -212,8 +275,8 @@ class Plan(BaseModel):
         A row has an action for each of the profile's branches, then one for each of `spans`; what is inside of a reused
         span becomes reused.
 
-        Raises: PlanError if a row does not fit the profile's branches or step 0 reuses anything; ConfigError if a span
-            cannot be reused.
+        Raises: PlanError if a row does not fit the profile's branches, step 0 reuses anything, or a step predicts from
+            more values than are stored; ConfigError if a span cannot be reused.
         """
         meta = profile.meta
         ranges = tuple(
@@ -224,10 +287,16 @@ class Plan(BaseModel):
         table: dict[Row, int] = {}
         steps = []
         for k, row in enumerate(rows):
-            correction = corrections[k] if corrections is not None else None
             row = cls._with_insides(tuple(row), names, ranges) if ranges else tuple(row)
-            merged = (merges or {}).get(k, ())
-            steps.append(PlanStep(variant=table.setdefault(row, len(table)), correction=correction, merges=merged))
+            step = PlanStep(
+                variant=table.setdefault(row, len(table)),
+                correction=corrections[k] if corrections is not None else None,
+                weights=weights[k] if weights is not None else (),
+                stores=stores[k] if stores is not None else False,
+                trend=trends[k] if trends is not None else 0.0,
+                merges=(merges or {}).get(k, ()),
+            )
+            steps.append(step)
         try:
             return cls(
                 policy=policy,
@@ -240,6 +309,8 @@ class Plan(BaseModel):
                 variants=tuple(table),
                 steps=tuple(steps),
                 reuse_flops=tuple(meta.cost_of(row, spans) for row in table),
+                terms=terms,
+                trend=trend,
                 notes=tuple(notes),
             )
         except ValidationError as error:
@@ -266,11 +337,12 @@ class Plan(BaseModel):
             raise PlanError(f"Plan.load: {path} is not a plan: {problem}. Make it anew with `omnifx plan`.") from error
 
     def timeline(self) -> str:
-        """The plan in two lines of text: F a full step, r a reuse, m a row that mixes both, c a corrected reuse."""
+        """The plan in two lines of text: F a full step, r a reuse, p a prediction, m a row that computes some branches
+        and not others, c a corrected reuse, C a corrected prediction."""
         letters = []
         for step, row in zip(self.steps, self.rows, strict=True):
-            letter = "F" if REUSE not in row else ("r" if COMPUTE not in row else "m")
-            letters.append("c" if step.correction is not None and letter == "r" else letter)
+            letter = "F" if not reuses(row) else ("m" if COMPUTE in row else ("p" if PREDICT in row else "r"))
+            letters.append({"r": "c", "p": "C"}.get(letter, letter) if step.correction is not None else letter)
         head = (
             f"{self.policy}: {len(self.steps)} steps, {self.num_reuse_steps} reuse, "
             f"{len(self.variants)} variants, {self.speedup:.2f}x fewer FLOPs"
@@ -279,6 +351,16 @@ class Plan(BaseModel):
 
     def __str__(self) -> str:
         return "\n".join((self.timeline(), *(f"- {note}" for note in self.notes)))
+
+
+def reuses(row: Row) -> bool:
+    """Whether a row takes anything from a cache: a branch is reused or predicted."""
+    return any(action != COMPUTE for action in row)
+
+
+def stored_actions(step: PlanStep) -> tuple[Action, ...]:
+    """The actions whose values a step stores."""
+    return (COMPUTE, PREDICT) if step.stores else (COMPUTE,)
 
 
 def is_action(value: object) -> bool:

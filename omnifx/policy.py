@@ -12,10 +12,11 @@ import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, REUSE, Plan, Row
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Plan, Row
+from omnifx.prior import PriorSpec
 from omnifx.profile import Profile
 
 
@@ -39,6 +40,27 @@ class Policy(ABC):
     needs_profile: ClassVar[bool] = True
     """Whether a generation must be measured before its first plan."""
 
+    @property
+    def terms(self) -> int:
+        """Stored values of a branch that its plans predict from; 0 if they predict nothing. As many sets of cuts are
+        kept."""
+        return 0
+
+    @property
+    def stores(self) -> bool:
+        """Whether its plans store predicted values as if they had been computed."""
+        return False
+
+    @property
+    def trend(self) -> Literal["", "scale", "shift"]:
+        """How what its plans predict follows the trends of a prior; empty if it does not."""
+        return ""
+
+    @property
+    def prior(self) -> PriorSpec | None:
+        """The prior that it needs beside a profile, if any."""
+        return None
+
     @abstractmethod
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         """The plan for `profile` whose FLOPs are at most 1/`speedup` of the uncached ones.
@@ -48,7 +70,7 @@ class Policy(ABC):
 
     def rows(self, num_branches: int) -> tuple[Row, ...]:
         """Rows that its plans may use, to be compiled before the first plan exists."""
-        return ((COMPUTE,) * num_branches, (REUSE,) * num_branches)
+        return ((COMPUTE,) * num_branches, (PREDICT if self.terms else REUSE,) * num_branches)
 
     @property
     def options(self) -> dict[str, Any]:

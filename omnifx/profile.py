@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.errors import ConfigError, ProfileError
-from omnifx.plan import REUSE, Row
+from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.prior import Prior, prior_path
 
 FORMAT = 1
 NUM_BANDS = 4
@@ -143,7 +144,7 @@ class ProfileMeta(BaseModel):
         saved += sum(
             branch.flops
             for branch, action in zip(self.branches, row, strict=False)
-            if action == REUSE and branch.name not in inside
+            if action != COMPUTE and branch.name not in inside
         )
         return 1.0 - saved / self.flops if self.flops else 1.0
 
@@ -190,6 +191,7 @@ class Profile:
         step.
         changes: [runs, streams, S, lags + 1, columns], float32, for the `measured` columns: the relative L1 error of
         cuts that are 1, 2, ... steps old, then the growth, as `omnifx.changes` defines them; None if not measured.
+        prior: Mean cuts at each step, if they were measured.
     Memory: 4 * runs * streams * 8 * 9 S^2 bytes on the host: 0.7 MB for one run of 50 steps.
     """
 
@@ -197,6 +199,7 @@ class Profile:
     grams: Tensor
     moves: Tensor
     changes: Tensor | None = None
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         meta, size = self.meta, 3 * len(self.meta.timesteps)
@@ -262,11 +265,15 @@ class Profile:
         return self.changes.double().mean((0, 1))[..., [meta.measured.index(name) for name in names]]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the JSON half lies in its header."""
+        """Write one safetensors file; the JSON half lies in its header. The prior lies beside it, see `prior_path`."""
         tensors = {"grams": self.grams.contiguous(), "moves": self.moves.contiguous()}
         if self.changes is not None:
             tensors["changes"] = self.changes.contiguous()
         save_file(tensors, str(path), metadata={"omnifx": self.meta.model_dump_json()})
+        if self.prior is not None:
+            self.prior.save(prior_path(path), fingerprint=self.meta.fingerprint)
+        else:
+            prior_path(path).unlink(missing_ok=True)  # of another profile that lay here
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -286,11 +293,15 @@ class Profile:
                     raise ProfileError(
                         f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}."
                     )
+                prior, beside = None, prior_path(path)
+                if beside.exists():
+                    prior = Prior.load(beside, fingerprint=meta.fingerprint, num_steps=len(meta.timesteps))
                 return cls(
                     meta=meta,
                     grams=file.get_tensor("grams").float(),
                     moves=file.get_tensor("moves").float(),
                     changes=file.get_tensor("changes").float() if "changes" in names else None,
+                    prior=prior,
                 )
         except OSError as error:
             raise ProfileError(f"Profile.load: cannot read {path}: {error}. {again}.") from error

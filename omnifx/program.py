@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -36,7 +36,8 @@ from omnifx.passes.bind_sizes import BindSizes
 from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Row
+from omnifx.prior import cut_key
 from omnifx.profile import BlockMeta, BranchMeta, SpanMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
 from omnifx.spans import Span, Spans, span_name
@@ -112,7 +113,7 @@ class Program:
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
-        self._specs: dict[tuple[Row, bool, tuple[str, ...] | None, tuple[str, ...]], VariantSpec] = {}
+        self._specs: dict[tuple[Any, ...], VariantSpec] = {}
         run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
@@ -134,7 +135,7 @@ class Program:
         self.unsized = next((cut for cut, value in self.cut_values.items() if not self.sizes.tell(value)), "")
         self._shapes = shapes_of(self.inputs)
         self._late_guards: list[sympy.Basic] = []
-        self._bytes: dict[tuple[Sizes, tuple[str, ...] | None], int] = {}
+        self._bytes: dict[tuple[Sizes, tuple[str, ...] | None, int], int] = {}
         self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
         outputs = output_of(gm).args[0]
         self.noisy = noisy_outputs(gm, self.names) if self.names else []
@@ -145,16 +146,22 @@ class Program:
         )
         self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
 
-    def cache_bytes_at(self, sizes: Sizes, kept: tuple[str, ...] | None = None) -> int:
+    def cache_bytes_at(self, sizes: Sizes, kept: tuple[str, ...] | None = None, terms: int = 0) -> int:
         """Bytes of one stream's cuts at these sizes; `cache_bytes` is that of the sizes seen at capture.
 
-        `kept` names the branches whose cuts it keeps; None: all.
+        `kept` names the branches and spans whose cuts it keeps (None: all branches), and `terms` tells of how many
+        values of a branch predictions are made; of a span, only the newest one is kept.
         """
-        if (sizes, kept) not in self._bytes:
-            cuts = [cut for b in self.branches if kept is None or b.name in kept for cut in b.cuts]
+        if (sizes, kept, terms) not in self._bytes:
+            cuts = [cut for b in self.branches if kept is None or b.name in kept for cut in b.cuts] * max(1, terms)
             cuts += [cut for span in self.spans_in(kept or ()) for cut in span.cuts]
-            self._bytes[sizes, kept] = sum(sizes.num_bytes(self.cut_values[cut]) for cut in cuts)
-        return self._bytes[sizes, kept]
+            self._bytes[sizes, kept, terms] = sum(sizes.num_bytes(self.cut_values[cut]) for cut in cuts)
+        return self._bytes[sizes, kept, terms]
+
+    @property
+    def cut_keys(self) -> dict[str, str]:
+        """What a prior calls each cut, by node name."""
+        return {cut: cut_key(branch.name, i) for branch in self.branches for i, cut in enumerate(branch.cuts)}
 
     @property
     def filters(self) -> bool:
@@ -164,7 +171,7 @@ class Program:
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
         """The cuts that a variant reads: node names of those of branches, and names of deltas of spans."""
         if spec not in self._reads:
-            reads = set(spec.reads)
+            reads = {*spec.reads, *spec.predicts}
             cuts = [cut for b in self.branches if b.name in reads for cut in b.cuts]
             self._reads[spec] = (*cuts, *(cut for span in spec.reads_spans for cut in span.cuts))
         return self._reads[spec]
@@ -201,13 +208,18 @@ class Program:
         return (REUSE,) * len(self.names)
 
     @property
+    def predict_row(self) -> Row:
+        """The row that predicts everything that can be."""
+        return (PREDICT,) * len(self.names)
+
+    @property
     def plain(self) -> VariantSpec:
         """The captured graph, unchanged."""
         return VariantSpec(self.names, self.compute_row, writes=())
 
     def full(self, *, measures: bool, kept: tuple[str, ...] | None = None) -> VariantSpec:
         """Compute everything and return the cuts: of all branches, or of the branches and spans that are `kept`."""
-        if (known := self._specs.get((self.compute_row, measures, kept, ()))) is not None:
+        if (known := self._specs.get((measures, kept))) is not None:
             return known
         spans = self.spans_in(kept or ())
         names = tuple(name for name in self.names if kept is None or name in kept)
@@ -218,18 +230,37 @@ class Program:
             measures=measures and bool(self.noisy),
             spans=spans,
         )
-        self._specs[self.compute_row, measures, kept, ()] = spec
+        self._specs[measures, kept] = spec
         return spec
 
     def reusing(
-        self, row: Row, *, corrects: bool, kept: tuple[str, ...] | None = None, spans: tuple[str, ...] = ()
+        self,
+        row: Row,
+        *,
+        corrects: bool,
+        kept: tuple[str, ...] | None = None,
+        spans: tuple[str, ...] = (),
+        terms: int = 0,
+        stores: bool = False,
+        trend: Literal["", "scale", "shift"] = "",
     ) -> VariantSpec:
-        """Do `row`, whose last actions are those of `spans`.
+        """Do `row`; what it computes is returned for later steps, if they may want it.
 
-        What it computes is returned for later steps, if it is among the branches and spans that are `kept` (None: all
-        branches). A span that begins or ends inside of a reused one cannot be told apart from it, and is not returned.
+        A span that begins or ends inside of a reused one cannot be told apart from it, and is not returned.
+
+        Args:
+            row: At least one branch is reused or predicted, or a span reused.
+            corrects: Whether noise is subtracted from the outputs.
+            kept: Branches and spans that later steps may want; None: all branches.
+            spans: Those whose actions end the row.
+            terms: Stored values that predictions read.
+            stores: Whether predicted values are returned as well.
+            trend: How predicted values follow the trends of a prior; empty if they do not.
         """
-        if (known := self._specs.get((row, corrects, kept, spans))) is not None:
+        if PREDICT not in row:
+            terms, stores, trend = 0, False, ""
+        key = (row, corrects, kept, spans, terms, stores, trend)
+        if (known := self._specs.get(key)) is not None:
             return known
         found = self.spans_in(spans)
         if len(found) != len(spans) or len(row) != len(self.names) + len(spans):
@@ -243,9 +274,17 @@ class Program:
             if other.first < span.first <= other.last or other.first <= span.last < other.last
         }
         wanted = self._branch_names if kept is None else kept
-        writes = tuple(n for n, action in actions.items() if action == COMPUTE and n in wanted and n not in torn)
-        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy), spans=found)
-        self._specs[row, corrects, kept, spans] = spec
+        spec = VariantSpec(
+            self.names,
+            row,
+            writes=tuple(n for n, action in actions.items() if action == COMPUTE and n in wanted and n not in torn),
+            corrects=corrects and bool(self.noisy),
+            terms=terms,
+            stores=stores,
+            trend=trend or None,
+            spans=found,
+        )
+        self._specs[key] = spec
         return spec
 
     def variant(self, spec: VariantSpec) -> Variant:

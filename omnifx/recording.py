@@ -18,6 +18,7 @@ from torch import Tensor
 from omnifx.changes import Changes
 from omnifx.clock import Reading, Timeline
 from omnifx.grid import Grid, part_index
+from omnifx.prior import PriorSums
 from omnifx.profile import NUM_BANDS, NUM_HALVES, BlockMeta, BranchMeta, Profile, ProfileMeta, SpanMeta
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Recording:
         self.inputs = inputs
         self.groups: list[list[_Call]] = []  # calls with the same latents: the streams of one step
         self.full = False
+        self.prior: PriorSums | None = None  # only for policies that need a prior
 
     @property
     def num_steps(self) -> int:
@@ -280,7 +282,8 @@ class Recording:
             sketched=self.recorder.sketched,
         )
         moves = torch.tensor([timeline.moves])
-        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=moves, changes=changes)
+        prior = self.prior.finish() if self.prior is not None else None
+        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=moves, changes=changes, prior=prior)
 
     def _changes(self) -> Tensor | None:
         """[1, streams, S, lags + 1, columns]; None if some call was not compared."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from omnifx.conditions import Table
 from omnifx.conductor import Call, Conductor, Part
 from omnifx.grid import low_pass
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.plan import REUSE, Row
+from omnifx.plan import PREDICT, Plan, Row, reuses
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
@@ -29,6 +29,15 @@ from omnifx.streams import kept_by
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
+
+
+class Traits(TypedDict):
+    """What a plan says of a row, beside its actions."""
+
+    spans: tuple[str, ...]
+    terms: int
+    stores: bool
+    trend: Literal["", "scale", "shift"]
 
 
 @dataclass
@@ -46,6 +55,8 @@ class Job:
     sizes: Sizes
     """The graph's symbolic sizes in this call."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
+    past: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Older values of the cuts, newest first."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     kept: tuple[str, ...] | None = None
     """Branches of this part whose cuts later steps may want; None: all."""
@@ -85,6 +96,8 @@ class Runner:
         self.reader = Reader(program.analysis.inputs)
         self._tables: dict[VariantSpec, Table] = {}
         self._coefficients: dict[tuple[float, float], Tensor] = {}
+        self._predictors: dict[tuple[float, ...], Tensor] = {}
+        self._prior: tuple[Any, Any] = (None, None)  # the one last read, and the same where the model runs
         self._low_pass: dict[tuple[int, float], Tensor] = {}
         self._lock = conductor.lock if conductor is not None else threading.RLock()
         self._boxed_call = True  # what AOTAutograd calls the convention: one list of inputs, which may be cleared
@@ -107,19 +120,20 @@ class Runner:
             return [program.plain]
         full = program.full(measures=False, kept=conductor.recorded if conductor is not None else None)
         if conductor is None:
-            return [full, program.reusing(program.reuse_row, corrects=False)]
+            return [full, self._replay_spec(None, corrects=False)]
         if not conductor.entries or conductor.record_only:
-            rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
-            return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
+            rows = [row for row in self.policy.rows(len(program.names)) if reuses(row)]
+            policy = self.policy
+            traits: Traits = {"spans": (), "terms": policy.terms, "stores": policy.stores, "trend": policy.trend}
+            return [full, *(program.reusing(row, corrects=policy.uses_noise, **traits) for row in rows)]
         kept = kept_by(conductor.entries)
         specs = [program.full(measures=False, kept=kept)]
         for entry in conductor.entries:
             plan = entry.plan
             if len(plan.branches) == len(program.names) and not any(map(program.span_problem, plan.span_names)):
                 specs += [
-                    program.reusing(row, corrects=plan.reads_noise, kept=kept, spans=plan.span_names)
-                    for row in plan.variants
-                    if REUSE in row
+                    program.reusing(row, corrects=plan.reads_noise, kept=kept, **_traits(plan, stores))
+                    for row, stores in plan.readings
                 ]
         return list(dict.fromkeys(specs))
 
@@ -157,7 +171,7 @@ class Runner:
                 reading,
                 args[latents] if latents is not None else None,
                 weights=part.watch.version,
-                num_bytes=lambda kept: self.program.cache_bytes_at(sizes, kept),
+                num_bytes=lambda kept, terms: self.program.cache_bytes_at(sizes, kept, terms),
             )
             return self._job(call, part, reading.small, sizes)
 
@@ -177,17 +191,18 @@ class Runner:
     def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...], sizes: Sizes) -> Job:
         """What to do of the step's row here; computes where a cache is not proven to be valid."""
         row, cache = part.row_in(call.row), call.stream.cache
-        spans = call.spans if REUSE in row else ()
+        spans = call.spans if reuses(row) else ()
         if len(row) != len(self.program.names) + len(spans):
             row = self.program.compute_row
         job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
         job.kept, job.spans = part.kept_here(call.stream.kept), spans
-        if REUSE in row and (reason := self._refusal(job)):
+        if reuses(row) and (reason := self._refusal(job)):
             job.row, job.reason, job.spans = self.program.compute_row, reason, ()
             call.correction = None
             call.stream.on_plan = False
         keys = {cut: part.key(cut) for cut in self.program.cut_values} if part.prefix else None
         job.cuts = dict(cache.cuts) if keys is None else {c: cache.cuts[k] for c, k in keys.items() if k in cache.cuts}
+        job.past = {c: cache.past[k] for c in job.cuts if (k := part.key(c)) in cache.past}
         job.noise = dict(cache.noise)
         return job
 
@@ -200,23 +215,70 @@ class Runner:
     def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
-        spec = self._reusing(job)
+        spec = self._spec(job)
         for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
+        if spec.predicts and (reason := self._wrong_history(job, job.row) or self._wrong_prior(job, spec)):
+            return reason
         variant = self._compiled(spec)
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
 
+    def _wrong_history(self, job: Job, row: Row) -> str:
+        """Why the stored values are not those that the planned weights are for; empty if they are."""
+        call, cache = job.call, job.call.stream.cache
+        count = len(call.predictor)
+        actions = row[: len(self.program.names)]
+        for branch, action, planned in zip(self.program.branches, actions, call.stored_before(job.part), strict=True):
+            if action != PREDICT:
+                continue
+            for cut in branch.cuts:
+                found = cache.steps.get(job.part.key(cut), ())
+                if found[:count] != planned[:count]:
+                    return (
+                        f"{cut} is stored of steps {list(found)}, but the plan predicts from steps "
+                        f"{list(planned[:count])}"
+                    )
+        return ""
+
+    def _wrong_prior(self, job: Job, spec: VariantSpec) -> str:
+        """Why the profile has no trends for the cuts of this step; empty if it has, or none is followed."""
+        prior = job.call.prior
+        if not job.call.trend:
+            return ""
+        if prior is None:
+            return "the plan follows the trends of a prior, but its profile has none"
+        keys = self.program.cut_keys
+        variant = self._compiled(spec)
+        for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
+            kind, _, name = label.partition(":")
+            if kind != "trend":
+                continue
+            key, shape = keys[name], job.sizes.shape(fake)
+            found = prior.shape(key) if key in prior.means else None
+            if found != shape:
+                return f"the prior of {key} has the shape {found}, but a sample's cut here is {shape}"
+        return ""
+
+    def _spec(self, job: Job) -> VariantSpec:
+        """What the job runs, if it reuses or predicts anything."""
+        call, plan = job.call, job.call.plan
+        traits: Traits = {"spans": (), "terms": 0, "stores": False, "trend": ""}
+        if plan is not None:
+            traits = _traits(plan, call.stores)
+        traits["spans"] = job.spans
+        return self.program.reusing(job.row, corrects=call.stream.reads_noise, kept=job.kept, **traits)
+
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
         program, call, stream = self.program, job.call, job.call.stream
-        computes = REUSE not in job.row
-        variant = self._compiled(self._full_spec(job) if computes else self._reusing(job))
+        computes = not reuses(job.row)
+        variant = self._compiled(self._full_spec(job) if computes else self._spec(job))
         if call.stream.step == 0:
             for table in self._tables.values():
                 table.check(args)
@@ -236,9 +298,6 @@ class Runner:
         self._after(job, variant, outputs, noise)
         return outputs[: program.num_outputs]
 
-    def _reusing(self, job: Job) -> VariantSpec:
-        return self.program.reusing(job.row, corrects=job.call.stream.reads_noise, kept=job.kept, spans=job.spans)
-
     def _full_spec(self, job: Job) -> VariantSpec:
         """How to compute everything: with the cuts that are kept, unless there is no room for them."""
         program = self.program
@@ -257,22 +316,44 @@ class Runner:
         cached: dict[int, Tensor] = {}
         wanted = job.call.measures and not self._conductor.broken and not program.side_effects
         if wanted and program.noisy and all(cut in job.cuts for b in program.branches for cut in b.cuts):
-            variant = self._any_reuse(stream.reads_noise)
+            variant = self._any_reuse(job.call.plan, stream.reads_noise)
             if job.sizes.allows(variant.guards):
-                again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
+                predictor = job.call.predictor
+                if predictor and self._wrong_history(job, program.predict_row):
+                    predictor = ()
+                again = variant.run([*args, *self._uncorrected_inputs(variant, job, args, predictor)])
                 copies = not program.lowering.owns_outputs
                 cached = {i: again[i].clone() if copies else again[i] for i in program.noisy}
                 job.computed += variant.flops
         job.cuts.clear()
+        job.past.clear()
         with self._lock:
-            for cut in program.cut_values:
-                stream.cache.cuts.pop(job.part.key(cut), None)
+            for cut, terms in self._kept(job).items():
+                stream.cache.make_room(job.part.key(cut), terms)
         return cached
 
-    def _any_reuse(self, corrects: bool) -> Variant:
-        """The compiled variant that reuses everything; with a correction to switch off, if only that one exists."""
+    def _kept(self, job: Job) -> dict[str, int]:
+        """The cuts whose values of this step are stored, if it makes them, and how many values of each are kept."""
+        stored = zip(self.program.branches, job.call.stored_in(job.part), strict=True)
+        terms = max(1, job.call.stream.terms)
+        found = {cut: terms for branch, kept in stored if kept for cut in branch.cuts}
+        return found | {cut: 1 for span in self.program.spans_in(job.kept or ()) for cut in span.cuts}
+
+    def _replay_spec(self, plan: Plan | None, *, corrects: bool) -> VariantSpec:
+        """The variant that repeats the newest values of everything: where a plan predicts (or while there is none, the
+        policy), the one that predicts all, which with weights (1, 0, ...) does the same."""
+        program, source = self.program, plan if plan is not None else self.policy
+        if not source.terms:
+            return program.reusing(program.reuse_row, corrects=corrects)
+        stores = source.stores if isinstance(source, Policy) else any(step.stores for step in source.steps)
+        return program.reusing(
+            program.predict_row, corrects=corrects, terms=source.terms, stores=stores, trend=source.trend
+        )
+
+    def _any_reuse(self, plan: Plan | None, corrects: bool) -> Variant:
+        """The compiled variant that replays everything; with a correction to switch off, if only that one exists."""
         program = self.program
-        lean, correcting = (program.reusing(program.reuse_row, corrects=c) for c in (False, True))
+        lean, correcting = (self._replay_spec(plan, corrects=c) for c in (False, True))
         wanted, other = (correcting, lean) if corrects else (lean, correcting)
         return self._compiled(other if wanted not in program.variants and other in program.variants else wanted)
 
@@ -281,16 +362,21 @@ class Runner:
             self.late_compilations += 1
         return self.program.variant(spec)
 
-    def _uncorrected_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
-        """The job's cuts and conditions, and zeros for all that a correction would read."""
+    def _uncorrected_inputs(
+        self, variant: Variant, job: Job, args: list[Any], predictor: tuple[float, ...] = ()
+    ) -> list[Tensor]:
+        """The job's cuts and conditions, the weights of a prediction (or those that repeat the newest values), and
+        zeros for all that a correction would read."""
         conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
-                values.append(job.cuts[name])
+                values.append(_stored(job, name))
             elif kind == "condition":
                 values.append(conditions[name])
+            elif kind == "predictor":
+                values.append(self._predictor_tensor(predictor, fake))
             else:
                 values.append(_zeros_like(fake, job.sizes))
         return values
@@ -303,12 +389,18 @@ class Runner:
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
             kind, _, name = label.partition(":")
             if kind == "cut":
-                values.append(job.cuts[name])
+                values.append(_stored(job, name))
             elif kind == "condition":
                 values.append(conditions[name])
             elif kind == "noise":
                 held = job.noise.get(int(name))
                 values.append(_zeros_like(fake, job.sizes) if held is None else held)
+            elif kind == "predictor":
+                values.append(self._predictor_tensor(job.call.predictor, fake))
+            elif kind == "trend":
+                values.append(self._trend(job, name, fake))
+            elif kind == "trend_scale":
+                values.append(self._predictor_tensor((job.call.trend or 0.0,), fake))
             elif kind == "coefficients":
                 values.append(self._coefficient_tensor(job.call, fake.device))
             else:  # low_pass:<size>
@@ -331,7 +423,11 @@ class Runner:
             copies = not self.program.lowering.owns_outputs
             key = (*job.small, *((float(number),) for _, number in job.sizes.values))
             values, missed = table.read(
-                key, args, version=job.weights[0], strides=lambda name: variant.strides_of(name, job.sizes), copies=copies
+                key,
+                args,
+                version=job.weights[0],
+                strides=lambda name: variant.strides_of(name, job.sizes),
+                copies=copies,
             )
         job.computed += conditions.flops * missed
         return values
@@ -347,6 +443,23 @@ class Runner:
         if pair not in self._coefficients:
             self._coefficients[pair] = torch.tensor(pair, device=device)
         return self._coefficients[pair]
+
+    def _predictor_tensor(self, weights: tuple[float, ...], fake: Tensor) -> Tensor:
+        """The weights of all terms, newest first; none stand for those that repeat the newest value."""
+        padded = (*(weights or (1.0,)), *(0.0,) * fake.shape[0])[: fake.shape[0]]
+        if padded not in self._predictors:
+            self._predictors[padded] = torch.tensor(padded, dtype=torch.float32, device=fake.device)
+        return self._predictors[padded]
+
+    def _trend(self, job: Job, cut: str, fake: Tensor) -> Tensor:
+        """The trend of a cut at this step; zeros where none is followed."""
+        prior = job.call.prior
+        if prior is None or not job.call.trend:
+            return _zeros_like(fake, job.sizes)
+        if prior is not self._prior[0]:
+            self._prior = (prior, prior.to(fake.device))
+        found: Tensor = self._prior[1].trend(self.program.cut_keys[cut], job.call.stream.step)
+        return found.contiguous()
 
     def _low_pass_tensor(self, size: int, cutoff: float, device: torch.device) -> Tensor:
         key = (size, cutoff)
@@ -366,6 +479,7 @@ class Runner:
     def _store_outputs(self, variant: Variant, job: Job, extra: Sequence[Any]) -> None:
         """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
         stream, program, part = job.call.stream, self.program, job.part
+        made: dict[str, Tensor] = {}
         for label, value in zip(variant.extra_outputs, extra, strict=True):
             kind, _, name = label.partition(":")
             if kind != "cut":
@@ -375,30 +489,35 @@ class Runner:
                 value = value.new_empty_strided(value.shape, strides).copy_(value)
             elif not program.lowering.owns_outputs:
                 value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
-            job.cuts[name] = value
-        if REUSE not in job.row:
+            made[name] = value
+        job.cuts.update(made)
+        computes = not reuses(job.row)
+        kept = {name: terms for name, terms in self._kept(job).items() if name in made}
+        if computes:
             stream.scale = 1.0
             stream.has_noise = False
-        if not variant.extra_outputs:
+        if not kept:
             return
         with self._lock:
+            cache = stream.cache
             if self._conductor.store.holds(stream.key):
-                stream.cache.cuts.update({part.key(name): value for name, value in job.cuts.items()})
-                if REUSE not in job.row:
-                    stream.cache.weights[part.index] = job.weights
+                if computes and cache.weights.get(part.index) != job.weights:
+                    for name in program.cut_values:
+                        cache.forget(part.key(name))
+                    cache.weights[part.index] = job.weights
+                for name, terms in kept.items():
+                    cache.push(part.key(name), made[name], step=stream.step, terms=terms)
 
     def _merge(self, job: Job) -> None:
-        """Let the kept cuts of some branches be the mean of both halves of the batch."""
-        stream, part, merged = job.call.stream, job.part, set(job.part.kept_here(job.call.merges) or ())
-        means: dict[str, Tensor] = {}
-        for cut in [cut for branch in self.program.branches if branch.name in merged for cut in branch.cuts]:
-            value = job.cuts.get(cut)
-            if value is not None and value.shape[0] % 2 == 0:
-                mean = value.unflatten(0, (2, -1)).mean(0)
-                means[cut] = torch.empty_like(value).copy_(torch.cat([mean, mean]))
-        with self._lock:
-            if self._conductor.store.holds(stream.key):
-                stream.cache.cuts.update({part.key(cut): mean for cut, mean in means.items()})
+        """Let the stored cuts of some branches be the mean of both halves of the batch."""
+        cache, part, merged = job.call.stream.cache, job.part, set(job.part.kept_here(job.call.merges) or ())
+        cuts = [cut for branch in self.program.branches if branch.name in merged for cut in branch.cuts]
+        with self._lock:  # an evicted cache holds nothing
+            for key in map(part.key, cuts):
+                if key in cache.cuts:
+                    cache.cuts[key] = _mean_of_halves(cache.cuts[key])
+                if key in cache.past:
+                    cache.past[key] = tuple(map(_mean_of_halves, cache.past[key]))
 
     def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
         """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
@@ -425,6 +544,9 @@ class Runner:
         if call.stream.recording is not None and not conductor.broken:
             main = program.main_output
             with self._lock:
+                if job.cuts and call.latents is not None:
+                    batch = call.latents.shape[0]
+                    conductor.keep_cuts(call, program, job.cuts, batch=batch, steps=conductor.steps or 50)
                 conductor.keep(call, outputs[main] if main is not None else None, noise)
 
     def _warm_up(self, job: Job, args: list[Any], outputs: Sequence[Any]) -> None:
@@ -436,13 +558,14 @@ class Runner:
         for plan in [entry.plan for entry in stream.entries]:
             if any(map(program.span_problem, plan.span_names)):
                 continue
-            for row in map(job.part.row_in, plan.variants):
-                if REUSE in row and len(row) == len(program.names) + len(plan.spans):
-                    spec = program.reusing(row, corrects=stream.reads_noise, kept=job.kept, spans=plan.span_names)
-                    self._compiled(spec)
+            for whole_row, stores in plan.readings:
+                row = job.part.row_in(whole_row)
+                if reuses(row) and len(row) == len(program.names) + len(plan.spans):
+                    traits = _traits(plan, stores)
+                    self._compiled(program.reusing(row, corrects=stream.reads_noise, kept=job.kept, **traits))
         if program.side_effects:
             return
-        unchecked = [v for v in program.variants.values() if REUSE in v.spec.row and job.sizes not in v.checked]
+        unchecked = [v for v in program.variants.values() if reuses(v.spec.row) and job.sizes not in v.checked]
         for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
             if not all(cut in job.cuts for cut in program.cuts_of(variant.spec)):
                 continue  # not kept in this generation
@@ -457,6 +580,27 @@ class Runner:
                         "of its norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
                     )
                     self._conductor.tell(self._inactive)
+
+
+def _stored(job: Job, name: str) -> Tensor:
+    """The stored value that ``cut:<name>`` or ``cut:<name>@<age>`` stands for; the newest one where there are fewer,
+    which then has no weight."""
+    cut, _, age = name.partition("@")
+    past = job.past.get(cut, ())
+    return past[int(age) - 1] if age and int(age) <= len(past) else job.cuts[cut]
+
+
+def _mean_of_halves(value: Tensor) -> Tensor:
+    """Both halves along the first axis replaced by their mean, laid out as before; an odd number of rows is left as it
+    is."""
+    if value.shape[0] % 2:
+        return value
+    mean = value.unflatten(0, (2, -1)).mean(0)
+    return torch.empty_like(value).copy_(torch.cat([mean, mean]))
+
+
+def _traits(plan: Plan, stores: bool) -> Traits:
+    return {"spans": plan.span_names, "terms": plan.terms, "stores": stores, "trend": plan.trend}
 
 
 def _memory(value: Tensor) -> int:

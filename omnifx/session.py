@@ -34,6 +34,7 @@ from omnifx.graph import Branch, Inputs, hint
 from omnifx.hooks import hooks_of
 from omnifx.options import Options
 from omnifx.plan import Plan
+from omnifx.prior import prior_path
 from omnifx.profile import Profile
 from omnifx.program import Program
 from omnifx.recording import Recording
@@ -258,8 +259,8 @@ class Session:
         return default_budget(device) if budget is None else int(budget)
 
     def budget_per_stream(self, device: torch.device) -> int:
-        """Most bytes of cuts that one stream may hold."""
-        return self._budget(device)
+        """Most bytes of one set of cuts: a stream holds as many sets as the policy predicts from."""
+        return self._budget(device) // max(1, self.policy.terms)
 
     def _inactive(self, programs: Sequence[Program]) -> str:
         """Why nothing can be reused of these graphs; empty if something can."""
@@ -357,7 +358,12 @@ class Session:
             key = _hash(*map(repr, profile.meta.timesteps), repr(profile.meta.latent_shape[1:]))[:16]
             temporary = folder / f".{key}.{threading.get_ident()}.tmp"
             profile.save(temporary)
-            temporary.replace(folder / f"{key}.safetensors")
+            path = folder / f"{key}.safetensors"
+            if profile.prior is not None:
+                prior_path(temporary).replace(prior_path(path))
+            else:
+                prior_path(path).unlink(missing_ok=True)
+            temporary.replace(path)
         except OSError as error:
             self.tell(f"the profile could not be kept in {folder}: {error}; a new process will measure again")
 

@@ -1,6 +1,7 @@
 """The cache store: who owns which cuts. Caches belong to one stream of one generation, and die with it.
 
-Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. The bytes
+Values are handed over by pointer: a full step's outputs become a reuse step's inputs, and nothing is copied. Where a
+plan predicts from several values, older ones move on by pointer as well. The bytes
 of a stream's caches are known before its first reuse, and all streams together stay under a budget.
 """
 
@@ -23,10 +24,30 @@ class StreamCache:
 
     cuts: dict[str, Tensor] = field(default_factory=dict)
     """By part and node name; [as the branch made them], from the last step that computed the branch."""
+    past: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By part and node name: older values, newest first, where a plan predicts from several."""
+    steps: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By part and node name: the steps that the values come from, newest first, where a plan predicts."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     """By output position: q of the last full step that measured it."""
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By part: versions of the weights, the model's and the part's, that computed its cuts."""
+
+    def make_room(self, key: str, terms: int) -> None:
+        """Move the newest value to the past, of which at most ``terms - 1`` values stay: another one will come."""
+        if (newest := self.cuts.pop(key, None)) is not None and terms > 1:
+            self.past[key] = (newest, *self.past.get(key, ()))[: terms - 1]
+
+    def push(self, key: str, value: Tensor, *, step: int, terms: int) -> None:
+        """Store a step's value as the newest one, of at most `terms` values."""
+        self.make_room(key, terms)
+        self.cuts[key] = value
+        self.steps[key] = (step, *self.steps.get(key, ()))[: 1 + len(self.past.get(key, ()))]
+
+    def forget(self, key: str) -> None:
+        """Forget all values of one cut."""
+        for values in (self.cuts, self.past, self.steps):
+            values.pop(key, None)
 
     @property
     def num_bytes(self) -> int:
@@ -35,11 +56,13 @@ class StreamCache:
         return sum(storages.values())
 
     def _tensors(self) -> itertools.chain[Tensor]:
-        return itertools.chain(self.cuts.values(), self.noise.values())
+        return itertools.chain(self.cuts.values(), *self.past.values(), self.noise.values())
 
     def clear(self) -> None:
         """Forget everything."""
         self.cuts.clear()
+        self.past.clear()
+        self.steps.clear()
         self.noise.clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from omnifx.changes import ChangeMeter
@@ -30,6 +31,11 @@ class Entry:
     profile: Profile
     plan: Plan
     timeline: Timeline
+
+    @cached_property
+    def stored_before(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """See `Plan.stored_before`."""
+        return self.plan.stored_before()
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -63,6 +69,11 @@ class Stream:
     def reads_noise(self) -> bool:
         """Whether any plan that still fits corrects outputs."""
         return any(entry.plan.reads_noise for entry in self.entries)
+
+    @property
+    def terms(self) -> int:
+        """Values of each cut that it stores for predictions; 0 if no plan that still fits predicts."""
+        return max((entry.plan.terms for entry in self.entries), default=0)
 
     @property
     def is_last_step(self) -> bool:
@@ -125,18 +136,22 @@ class Streams:
         return stream, reason
 
     def begin(
-        self, reading: Reading, mark: Marked | None, *, num_bytes: Callable[[tuple[str, ...] | None], int]
+        self, reading: Reading, mark: Marked | None, *, num_bytes: Callable[[tuple[str, ...] | None, int], int]
     ) -> Stream | None:
         """A new stream at step 0 of some known plan; None if no plan begins with such a call.
 
-        `num_bytes` tells the bytes of the cuts of the branches that it keeps.
+        Args:
+            reading: What the clock read.
+            mark: The call's mark.
+            num_bytes: Tells the bytes of its caches, from the names of the branches that it keeps, and how many of
+                their values the plans predict from.
         """
         entries = self.starting(reading, mark)
         if not entries:
             return None
         self.leave_behind(reading, mark)
-        kept = kept_by(entries)
-        stream = self.open(reading, mark, self._siblings(reading, mark), num_bytes=num_bytes(kept))
+        kept, terms = kept_by(entries), max(entry.plan.terms for entry in entries)
+        stream = self.open(reading, mark, self._siblings(reading, mark), num_bytes=num_bytes(kept, terms))
         stream.entries, stream.kept = entries, kept
         return stream
 

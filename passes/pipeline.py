@@ -8,14 +8,16 @@ from omnifx.graph import Pass
 from omnifx.grid import Grid
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.eliminate import Eliminate
+from omnifx.passes.follow_trends import FollowTrends, Form
 from omnifx.passes.hoist_conditions import HoistConditions
 from omnifx.passes.measure_noise import MeasureNoise
 from omnifx.passes.narrow_linears import NarrowLinears
+from omnifx.passes.predict_cuts import PredictCuts
 from omnifx.passes.read_cuts import ReadCuts
 from omnifx.passes.read_spans import ReadSpans
 from omnifx.passes.write_cuts import WriteCuts
 from omnifx.passes.write_spans import WriteSpans
-from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.plan import PREDICT, REUSE, Action, Row
 from omnifx.spans import Span
 
 
@@ -31,19 +33,35 @@ class VariantSpec:
     """Whether it also returns the noise that its old cuts would cause."""
     corrects: bool = False
     """Whether it subtracts a predicted noise."""
+    terms: int = 0
+    """Stored values of each predicted cut that are inputs; 0 if no branch is predicted."""
+    stores: bool = False
+    """Whether what it predicts is returned, to be stored."""
+    trend: Form | None = None
+    """How what it predicts follows the trends of a prior."""
     spans: tuple[Span, ...] = ()
     """Ranges of blocks that are reused or written as one; their actions end the row."""
 
     @property
     def reused(self) -> tuple[str, ...]:
         """Reused branches, inside of reused spans or not."""
-        return tuple(name for name, action in zip(self.branches, self.row, strict=False) if action == REUSE)
+        return self._branches_that(REUSE)
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Reused branches whose cuts are inputs."""
         covered = {name for span in self.reads_spans for name in span.branches}
         return tuple(name for name in self.reused if name not in covered)
+
+    @property
+    def predicts(self) -> tuple[str, ...]:
+        """Predicted branches, of whose cuts several stored values are inputs."""
+        return self._branches_that(PREDICT)
+
+    @property
+    def cached(self) -> tuple[str, ...]:
+        """Branches that are not computed."""
+        return self._branches_that(REUSE, PREDICT)
 
     @property
     def reads_spans(self) -> tuple[Span, ...]:
@@ -57,14 +75,27 @@ class VariantSpec:
         """Spans whose deltas are returned."""
         return tuple(span for span in self.spans if span.name in self.writes)
 
+    def _branches_that(self, *do: Action) -> tuple[str, ...]:
+        return tuple(name for name, action in zip(self.branches, self.row, strict=False) if action in do)
+
     @property
     def label(self) -> str:
-        """A short name for dumps and tables: full, reuse, or the number of reused branches, with its extras."""
-        actions = self.row[: len(self.branches)]
-        computed = actions.count(COMPUTE)
-        base = "full" if REUSE not in self.row else ("reuse" if not computed else f"reuse{len(actions) - computed}")
+        """A short name for dumps and tables: full, reuse, predict, or the number of reused and predicted branches, with
+        its extras."""
+        counts = {word: len(names) for word, names in (("reuse", self.reused), ("predict", self.predicts)) if names}
+        alone = len(self.branches) in counts.values()
+        base = "-".join(word if alone else f"{word}{count}" for word, count in counts.items())
+        base = base or ("reuse0" if self.reads_spans else "full")
         extras = [
-            word for word, on in (("write", self.writes), ("measure", self.measures), ("correct", self.corrects)) if on
+            word
+            for word, on in (
+                ("write", self.writes),
+                ("measure", self.measures),
+                ("correct", self.corrects),
+                ("store", self.stores),
+                ("trend", self.trend),
+            )
+            if on
         ]
         return "+".join([base, *(span.name for span in self.reads_spans), *extras])
 
@@ -75,9 +106,13 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
     if spec.measures:
         passes.append(MeasureNoise(branches=spec.branches))
     if spec.corrects:
-        passes.append(CorrectNoise(branches=spec.reused, grids=grids))  # before ReadCuts: it asks what the cuts change
+        passes.append(CorrectNoise(branches=spec.cached, grids=grids))  # before ReadCuts: it asks what the cuts change
     if spec.reads:
         passes.append(ReadCuts(branches=spec.reads))
+    if spec.predicts:
+        passes.append(PredictCuts(branches=spec.predicts, terms=spec.terms, stores=spec.stores))
+    if spec.trend:
+        passes.append(FollowTrends(branches=spec.predicts, form=spec.trend))  # on what PredictCuts made
     if spec.writes:
         spanning = {span.name for span in spec.spans}
         passes.append(WriteCuts(branches=tuple(name for name in spec.writes if name not in spanning)))
@@ -85,9 +120,9 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
         passes.append(WriteSpans(spans=spec.writes_spans))
     if spec.reads_spans:
         passes.append(ReadSpans(spans=spec.reads_spans))  # after WriteSpans: it replaces what that subtracts
-    passes.append(Eliminate(freed=spec.reused))  # what reading the cuts left behind
-    if spec.reused:
+    passes.append(Eliminate(freed=spec.cached))  # what reading the cuts left behind
+    if spec.cached:
         passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
-    if spec.reused and hoists:
+    if spec.cached and hoists:
         passes.append(HoistConditions())  # last: of the conditions, only what the reuse step still needs
     return tuple(passes)

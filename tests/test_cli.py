@@ -11,6 +11,7 @@ from omnifx.explainer import explain
 from omnifx.pictures import Samples, kinds_of_steps, plan_figure, samples_figure, save_figure
 from omnifx.plan import Correction, Plan, PlanStep
 from omnifx.policies.omnicache import OmniCache
+from omnifx.policies.taylorseer import TaylorSeer
 from tests.profiles import make_profile
 
 TINY_DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
@@ -359,6 +360,14 @@ def test_every_kind_of_step_is_told_apart():
 
     assert kinds[:3] == ["full", "reuse", "corrected"]
     assert kinds[-1] == "mixed"
+
+
+def test_predictions_are_told_apart_from_reuse():
+    made = TaylorSeer(interval=3).plan(make_profile(9))
+
+    assert kinds_of_steps(made) == ["full"] * 3 + ["predict", "predict", "full", "predict", "predict", "full"]
+    shown = [text.get_text() for text in plan_figure(made).legends[0].get_texts()]
+    assert "prediction from stored values (4)" in shown
 
 
 def test_pictures_do_not_touch_pyplot(tmp_path):

@@ -62,5 +62,43 @@ def test_released_caches_are_empty_and_may_be_released_again() -> None:
     assert cache.num_bytes == store.held_bytes == store.reserved_bytes == 0
 
 
+def test_the_last_values_of_a_cut_move_on_by_pointer() -> None:
+    cache = StreamCache()
+    values = [torch.full((4,), float(k)) for k in range(5)]
+
+    for step, value in enumerate(values):
+        cache.push("a", value, step=2 * step, terms=3)
+
+    assert [t.data_ptr() for t in (cache.cuts["a"], *cache.past["a"])] == [v.data_ptr() for v in values[:1:-1]]
+    assert cache.steps["a"] == (8, 6, 4)
+    assert cache.num_bytes == 3 * 4 * 4
+
+
+def test_room_is_made_before_the_next_value_comes() -> None:
+    cache = StreamCache()
+    for step in range(3):
+        cache.push("a", torch.zeros(4), step=step, terms=2)
+
+    cache.make_room("a", 2)
+
+    assert cache.num_bytes == 4 * 4  # the one that moved on; the other is gone
+    cache.push("a", torch.ones(4), step=7, terms=2)
+    assert cache.steps["a"] == (7, 2)
+
+
+def test_a_value_that_never_came_leaves_no_step_behind() -> None:
+    cache = StreamCache()
+    cache.push("a", torch.zeros(4), step=0, terms=2)
+    cache.make_room("a", 2)  # and the step failed
+
+    cache.make_room("a", 2)
+    cache.push("a", torch.ones(4), step=2, terms=2)
+
+    assert "a" in cache.cuts
+    assert cache.steps["a"] == (2, 0)
+    cache.forget("a")
+    assert (cache.num_bytes, cache.steps, cache.past) == (0, {}, {})
+
+
 def test_the_default_budget_is_a_share_of_the_memory() -> None:
     assert default_budget(torch.device("cpu")) > 2**26

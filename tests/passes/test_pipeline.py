@@ -5,7 +5,7 @@ import torch
 
 from omnifx.graph import graph_text, run_passes
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, REUSE
+from omnifx.plan import COMPUTE, PREDICT, REUSE
 from tests.toys import gated, noise, toy, toy_inputs, trace
 
 BOTH = ("attn", "mlp")
@@ -33,6 +33,16 @@ def names(spec: VariantSpec) -> list[str]:
             VariantSpec(BOTH, (REUSE, REUSE), writes=(), corrects=True),
             ["CorrectNoise", "ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
             "reuse+correct",
+        ),
+        (
+            VariantSpec(BOTH, (PREDICT, PREDICT), writes=(), corrects=True, terms=2, stores=True),
+            ["CorrectNoise", "PredictCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
+            "predict+correct+store",
+        ),
+        (
+            VariantSpec(BOTH, (PREDICT, REUSE), writes=(), terms=1, trend="shift"),
+            ["ReadCuts", "PredictCuts", "FollowTrends", "Eliminate", "NarrowLinears", "HoistConditions"],
+            "reuse1-predict1+trend",
         ),
         (
             VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)),
