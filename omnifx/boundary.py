@@ -22,9 +22,11 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
+from omnifx.errors import WholeError
 from omnifx.flops import numel
 from omnifx.graph import SMALL, Inputs
 from omnifx.weights import WeightWatch
+from omnifx.whole import Wholes
 
 if TYPE_CHECKING:
     from omnifx.conductor import Call, Conductor
@@ -40,6 +42,7 @@ class Underway(threading.local):
     call: Call | None = None
     conductor: Conductor | None = None
     captures_sizes: bool = False
+    keeps_whole: bool = False
 
 
 class _SharedPatch:
@@ -74,18 +77,26 @@ class Boundary:
 
     Before the parts of a broken model are taken for granted, its second call is captured anew, with the settings
     `CAPTURE` on for this model's calls. Where that makes it one graph, it stays so; else the third call is captured as
-    the first one was, in parts.
+    the first one was, in parts. Submodules that the breaks lie in are looked at in the first call, or the first few,
+    and are operators to Dynamo from then on (see `omnifx.whole`).
 
     Args:
         model: The module as it was before compilation.
         make_conductor: A conductor for the roles and the example inputs of a new kind of call.
         underway: Where the step is noted.
+        start_over: Forgets all graphs, and tells the user why.
     """
 
     def __init__(
-        self, model: nn.Module, make_conductor: Callable[[Inputs, Tensor | None], Conductor], underway: Underway
+        self,
+        model: nn.Module,
+        make_conductor: Callable[[Inputs, Tensor | None], Conductor],
+        underway: Underway,
+        start_over: Callable[[str], None],
     ) -> None:
         self.model = model
+        self.wholes = Wholes(model)
+        self._start_over = start_over
         self.make_conductor = make_conductor
         self.underway = underway
         self.watch = WeightWatch(())
@@ -93,16 +104,18 @@ class Boundary:
         self._unseen: tuple[Call, Conductor] | None = None  # a call whose end no hook reports
         self._codes: dict[int, CodeType] = {}  # what Dynamo saw of the model, by identity
         self.bypassed = False  # the model is one graph after all, and has a conductor that reads its inputs
-        self.capturing = "plainly" if all(getattr(config, name) for name in CAPTURE) else "to be tried again"
+        self.capturing = "to be tried again"
+        self._captures_sizes_anyway = all(getattr(config, name) for name in CAPTURE)
 
     def install(self, owner: nn.Module) -> None:
         """See every later call of `owner`, the compiled module: hooks outside of what Dynamo traces."""
         if isinstance(owner, OptimizedModule):
             owner.register_forward_pre_hook(self._before, with_kwargs=True)
             owner.register_forward_hook(self._behind, always_call=True)
+            owner.forward = self._rescued(owner.forward)
         else:
-            inner = owner._compiled_call_impl
-            assert inner is not None  # what made it a compiled module
+            assert owner._compiled_call_impl is not None  # what made it a compiled module
+            inner = self._rescued(owner._compiled_call_impl)
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 self.enter(args, kwargs)
@@ -114,6 +127,30 @@ class Boundary:
                     self.leave(output)
 
             owner._compiled_call_impl = call
+
+    def _rescued(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled call, or the model's own where a module was kept whole that should not have been."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except WholeError as error:
+                self._keep_nothing_whole(str(error))
+                return torch.compiler.disable(self.model._call_impl)(*args, **kwargs)
+
+        return call
+
+    def _keep_nothing_whole(self, reason: str) -> None:
+        """Capture the model in parts from the next call on."""
+        self._end_capture()
+        for code in self.wholes.codes():
+            self._codes[id(code)] = code
+        self.wholes.give_up()
+        self.underway.call = self.underway.conductor = None
+        self.bypassed = False
+        self.capturing = "failed"
+        self._kinds.clear()
+        self._start_over(reason)
 
     def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.enter(args, kwargs)
@@ -133,14 +170,26 @@ class Boundary:
     def _capture_anew(self) -> None:
         """Let Dynamo forget the model's code if another way to capture it is to be tried."""
         if self.capturing in ("to be tried again", "failed"):
-            self.capturing = "whole" if self.capturing == "to be tried again" else "plainly"
-            for code in self._codes.values():
+            again = self.capturing == "to be tried again"
+            if again and self.wholes.end_look():
+                self.wholes.look()
+            elif again and (self.wholes.found or not self._captures_sizes_anyway):
+                self.capturing = "whole"
+            else:
+                self.capturing = "plainly"
+            for code in (*self._codes.values(), *self.wholes.codes()):
                 reset_code(code)
         if self.capturing == "whole" and not self.underway.captures_sizes:
             self.underway.captures_sizes = True
             _SIZES.enter()
+        if self.capturing != "to be tried again" and not self.underway.keeps_whole:
+            self.underway.keeps_whole = True
+            self.wholes.enter()
 
     def _end_capture(self) -> None:
+        if self.underway.keeps_whole:
+            self.underway.keeps_whole = False
+            self.wholes.leave()
         if self.underway.captures_sizes:
             self.underway.captures_sizes = False
             _SIZES.exit()

@@ -180,7 +180,7 @@ class Session:
                 inactive=reason,
             )
 
-        self.boundary = Boundary(model, make_conductor, self.underway)
+        self.boundary = Boundary(model, make_conductor, self.underway, self.start_over)
         self.boundary.install(owner)
         with unset_fake_temporarily():
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
@@ -199,6 +199,14 @@ class Session:
         self.conductors[:] = [conductor for conductor in self.conductors if conductor.broken]
         for conductor in self.conductors:
             conductor.forget_parts()
+
+    def start_over(self, reason: str) -> None:
+        """The model is to be captured anew, and to be measured again."""
+        self.tell(f"{reason} {self.model_name} is captured in parts from now on.")
+        for conductor in self.conductors:
+            conductor.abandon()
+        self.conductors.clear()
+        self.runners.clear()
 
     def _break_reason(self) -> str:
         breaks = known_breaks()
