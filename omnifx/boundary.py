@@ -107,6 +107,11 @@ class Boundary:
         self.capturing = "to be tried again"
         self._captures_sizes_anyway = all(getattr(config, name) for name in CAPTURE)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the model will not be captured in yet another way."""
+        return self.bypassed or self.capturing == "plainly"
+
     def install(self, owner: nn.Module) -> None:
         """See every later call of `owner`, the compiled module: hooks outside of what Dynamo traces."""
         if isinstance(owner, OptimizedModule):

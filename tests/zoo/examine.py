@@ -69,7 +69,8 @@ class Found:
     followed_error: float
     """Of that generation, against the reference."""
     recompilations: int
-    """Graphs captured after the first step, and variants compiled after planning."""
+    """Graphs captured after the first step (of broken models: after the one that settles how), and variants compiled
+    after planning."""
 
     @property
     def branches(self) -> str:
@@ -164,12 +165,14 @@ def examine(tiny: Tiny) -> Found:
         expected = [tensors_of(reference(**step)) for step in steps]
 
         compiled = torch.compile(tiny.model, backend="omnicache", options={**EAGER, "policy": Pattern(pattern=LETTERS)})
-        measured, graphs = [], []
+        measured, graphs = [], []  # graphs after each step, from the one on that settles how the model is captured
         for _ in range(2):
             with omnifx.generation(compiled, steps=len(steps)):
                 for step in steps:
                     measured.append(tensors_of(compiled(**step)))
-                    graphs.append(counters["stats"]["unique_graphs"])
+                    boundary = find_session(compiled).boundary
+                    if boundary is None or boundary.settled:
+                        graphs.append(counters["stats"]["unique_graphs"])
         session = find_session(compiled)
         stats = session.stats()
         followed, recompilations = letters_of(stats.generations[-1]), stats.recompilations

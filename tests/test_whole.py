@@ -1,0 +1,252 @@
+"""Submodules that break the graph are kept whole, as one operator each, so that their branches are reused like any
+other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import omnifx
+from omnifx.errors import OmnifxWarning
+from omnifx.session import Session, find_session
+from omnifx.whole import Wholes
+from tests.toys import EAGER, Mlp, Pattern, Reference, ToyDiT, generate, letters_of, lively, noise, sampling
+
+STEPS = 7
+FULL, PLAN = "FFFFFFF", "FrrFrrF"
+
+
+class Experts(nn.Module):
+    """A shared expert, and for each token the one of `num_experts` that a router chooses: how many, only values tell."""
+
+    def __init__(self, width: int, num_experts: int = 3) -> None:
+        super().__init__()
+        self.shared = Mlp(width, width)
+        self.router = nn.Linear(width, num_experts)
+        self.experts = nn.ModuleList(Mlp(width, 2 * width) for _ in range(num_experts))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weight, chosen = self.router(flat).softmax(dim=-1).max(dim=-1)
+        order, y, start = chosen.argsort(), torch.zeros_like(flat), 0
+        for expert, count in zip(self.experts, chosen.bincount(minlength=len(self.experts)).tolist(), strict=True):
+            tokens = order[start : start + count]
+            y[tokens] = expert(flat[tokens]) * weight[tokens, None]
+            start += count
+        return self.shared(x) + scale * y.view(x.shape)
+
+
+class Routed(ToyDiT):
+    """The toy with experts for MLPs."""
+
+    def __init__(self, num_blocks: int = 2, experts: type[nn.Module] = Experts) -> None:
+        super().__init__(num_blocks)
+        for block in self.blocks:
+            block.mlp = experts(self.width)
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="omnicache", options={**EAGER, "policy": Pattern(pattern="Frr"), **options})
+
+
+def session_of(fast: Any) -> Session:
+    return find_session(fast)
+
+
+def kept_by(fast: Any) -> Wholes:
+    boundary = session_of(fast).boundary
+    assert boundary is not None  # the graph is broken
+    return boundary.wholes
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_experts_are_branches_of_one_graph_and_reuse_is_that_of_hooked_modules(lowering: str) -> None:
+    model = lively(Routed())
+    fast = compiled(model, lowering=lowering)
+
+    images = [generate(fast, seed=seed, steps=STEPS) for seed in (0, 1, 2)]
+
+    report = session_of(fast).report()
+    assert report.graphs == 1
+    assert [(branch.name, branch.kind, branch.cacheable) for branch in report.branches] == [
+        ("blocks.0.attn", "self_attention", True),
+        ("blocks.0.mlp", "mlp", True),
+        ("blocks.1.attn", "self_attention", True),
+        ("blocks.1.mlp", "mlp", True),
+    ]
+    logs = omnifx.stats(fast).generations
+    assert letters_of(logs[-1]) == PLAN
+    for seed, letters in ((0, FULL), (2, PLAN)):
+        expected = generate(Reference(model, letters), seed=seed, steps=STEPS)
+        assert torch.allclose(images[seed], expected, atol=1e-5)
+
+
+def test_the_flops_are_those_of_the_experts() -> None:
+    model = lively(Routed(1))
+    fast = compiled(model)
+    generate(fast, seed=0, steps=STEPS)
+
+    (branch,) = [branch for branch in session_of(fast).report().branches if branch.kind == "mlp"]
+
+    tokens, width, num_experts = 16, 32, 3
+    shared, routed, router = 2 * width * width, 4 * width * width, width * num_experts
+    assert branch.flops == 2 * tokens * (shared + routed + router)
+
+
+def test_the_users_model_stays_as_it_was() -> None:
+    model = lively(Routed())
+    names, attributes = list(model.state_dict()), [sorted(module.__dict__) for module in model.modules()]
+    before = generate(model, seed=0, steps=STEPS)
+    fast = compiled(model)
+    for seed in (0, 1):
+        generate(fast, seed=seed, steps=STEPS)
+
+    assert len(kept_by(fast).found) == 2
+    assert list(model.state_dict()) == names
+    assert [sorted(module.__dict__) for module in model.modules()] == attributes
+    assert torch.equal(generate(model, seed=0, steps=STEPS), before)
+
+
+def test_changed_weights_of_experts_are_noticed() -> None:
+    model = lively(Routed())
+    fast = compiled(model)
+    for seed in (0, 1):
+        generate(fast, seed=seed, steps=STEPS)
+
+    def change(k: int, x: Tensor) -> Tensor:
+        if k == 4:
+            with torch.no_grad():
+                model.blocks[1].mlp.experts[0].down.weight.mul_(1.5)  # type: ignore[union-attr,index]
+        return x
+
+    *_, _ = sampling(fast, seed=2, steps=STEPS, before=change)
+
+    assert any("weights changed" in reason for reason in omnifx.stats(fast).generations[-1].reasons)
+
+
+def test_a_module_that_returns_another_shape_is_captured_in_parts() -> None:
+    class Doubled(Experts):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return torch.cat([super().forward(x, scale)] * 2, dim=-1)
+
+    class Halved(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.doubled = Doubled(width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.doubled(x)[..., : x.shape[-1]]
+
+    model = lively(Routed(2, Halved))
+    fast = compiled(model)
+
+    images = [generate(fast, seed=seed, steps=STEPS) for seed in (0, 1)]
+
+    assert not kept_by(fast).found
+    assert kept_by(fast).refused[Doubled] == "its output has not the shape and type of an input"
+    assert kept_by(fast).refused[Halved] == "a residual connection runs through it"
+    assert omnifx.stats(fast).graphs > 1
+    assert letters_of(omnifx.stats(fast).generations[-1]) == PLAN
+    assert torch.allclose(images[0], generate(model, seed=0, steps=STEPS), atol=2e-5)
+
+
+class Fickle(Experts):
+    """Gives one token less once it is told to."""
+
+    short = False
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y = super().forward(x, scale)
+        return y[:, :1] if self.short else y
+
+
+def test_a_module_whose_output_changes_its_shape_later_is_captured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(Routed(2, Fickle))
+    fast = compiled(model)
+    for seed in (0, 1):
+        generate(fast, seed=seed, steps=STEPS)
+    assert len(kept_by(fast).found) == 2
+    monkeypatch.setattr(Fickle, "short", True)
+
+    with pytest.warns(OmnifxWarning, match=r"Fickle was kept whole since its output looked like .*\[1, 16, 32\]"):
+        images = [generate(fast, seed=seed, steps=STEPS) for seed in (2, 3)]
+
+    assert not kept_by(fast).found
+    assert omnifx.stats(fast).graphs > 1
+    assert torch.allclose(images[0], generate(model, seed=2, steps=STEPS), atol=2e-5)
+
+
+class Counting(Experts):
+    """Keeps what it was given."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.last = x
+        return super().forward(x, scale)
+
+
+class Noisy(Experts):
+    """Draws random numbers."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x, scale) * (1 + 0 * torch.rand(()))
+
+
+class Attending(Experts):
+    """Lets tokens see each other."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward((x @ x.transpose(1, 2)).softmax(dim=-1) @ x, scale)
+
+
+@pytest.mark.parametrize(
+    ("experts", "reason"),
+    [
+        (Counting, "it writes to what it was given, or to itself"),
+        (Noisy, "it draws random numbers"),
+        (Attending, "it holds an attention"),
+    ],
+)
+def test_what_is_more_than_one_branch_or_has_side_effects_is_refused(experts: type[Experts], reason: str) -> None:
+    fast = compiled(lively(Routed(1, experts)))
+    with torch.no_grad():
+        for _ in range(3):
+            fast(noise(1, 4, 8, 8), torch.full((1,), 500.0), torch.tensor([3]))
+
+    assert not kept_by(fast).found
+    assert kept_by(fast).refused[experts] == reason
+
+
+def test_numbers_and_names_reach_the_module() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner = Experts(width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, scale=0.25)
+
+    model = lively(Routed(2, Scaled))
+    fast = compiled(model)
+
+    image = [generate(fast, seed=0, steps=STEPS) for _ in range(2)][0]
+
+    assert len(kept_by(fast).found) == 2
+    assert {type(module) for module in kept_by(fast).found} == {Experts}
+    assert torch.allclose(image, generate(model, seed=0, steps=STEPS), atol=1e-5)
+
+
+def test_another_batch_size_is_captured_too() -> None:
+    model = lively(Routed())
+    fast = compiled(model)
+    generate(fast, seed=0, steps=STEPS)
+    x, t, y = noise(3, 4, 8, 8), torch.full((3,), 500.0), torch.arange(3)
+
+    with torch.no_grad():
+        image = fast(x, t, y)
+
+        assert torch.allclose(image, model(x, t, y), atol=1e-5)
+    assert len(kept_by(fast).found) == 2
