@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import UserError
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
@@ -134,14 +135,19 @@ class Boundary:
             owner._compiled_call_impl = call
 
     def _rescued(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled call, or the model's own where a module was kept whole that should not have been."""
+        """The compiled call, or the model's own where that fails only for how it was captured: a module was kept whole
+        that should not have been, or Dynamo takes a captured size for an error."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return compiled(*args, **kwargs)
             except WholeError as error:
                 self._keep_nothing_whole(str(error))
-                return torch.compiler.disable(self.model._call_impl)(*args, **kwargs)
+            except UserError as error:
+                if self.capturing != "whole":
+                    raise
+                self._give_up_one_graph(f"its sizes cannot be captured: {str(error).splitlines()[0]}")
+            return torch.compiler.disable(self.model._call_impl)(*args, **kwargs)
 
         return call
 
@@ -151,6 +157,9 @@ class Boundary:
         for code in self.wholes.codes():
             self._codes[id(code)] = code
         self.wholes.give_up()
+        self._give_up_one_graph(reason)
+
+    def _give_up_one_graph(self, reason: str) -> None:
         self.underway.call = self.underway.conductor = None
         self.bypassed = False
         self.capturing = "failed"

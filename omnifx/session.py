@@ -202,7 +202,7 @@ class Session:
 
     def start_over(self, reason: str) -> None:
         """The model is to be captured anew, and to be measured again."""
-        self.tell(f"{reason} {self.model_name} is captured in parts from now on.")
+        self.tell(f"{self.model_name} is captured in parts from now on: {reason}")
         for conductor in self.conductors:
             conductor.abandon()
         self.conductors.clear()
