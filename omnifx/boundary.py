@@ -20,6 +20,7 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
@@ -143,7 +144,7 @@ class Boundary:
                 return compiled(*args, **kwargs)
             except WholeError as error:
                 self._keep_nothing_whole(str(error))
-            except UserError as error:
+            except (UserError, GuardOnDataDependentSymNode) as error:
                 if self.capturing != "whole":
                     raise
                 self._give_up_one_graph(f"its sizes cannot be captured: {str(error).splitlines()[0]}")
