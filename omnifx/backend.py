@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
 from omnifx.boundary import CAPTURE, Boundary, compiled_call
-from omnifx.capture import capture, root_module, state_inputs
+from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
 
@@ -47,8 +47,11 @@ def omnicache(
             return gm  # this one call runs as it is
     elif model is not None and (argument := _model_argument(model)):
         _guard_identity(argument)  # not for parts of a model, which its blocks may share
-    static, session.names = state_inputs(gm)
-    digest = weights_hash([example_inputs[i] for i in static])
+    static, names = state_inputs(gm)
+    session.names = [names[i] for i in origins_of(example_inputs)]
+    # All of them where they are known: at another size a model may use another table of positions.
+    known = [*model.parameters(), *model.buffers()] if model is not None and not broken else []
+    digest = weights_hash(known or [example_inputs[i] for i in static])
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **session.options.inductor}
 
     def inner(graph: fx.GraphModule, inputs: Sequence[Any], static: tuple[int, ...], arguments: dict[str, Any]) -> Any:
@@ -131,6 +134,9 @@ def _is_whole(model: nn.Module | None) -> bool:
     if bool(getattr(reason, "graph_break", False)):
         return False
     code = translator.f_code
+    first = translator.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(first, nn.Module) and first is not model:
+        return False  # hooks give all modules the same code
     return not code.co_name.startswith("torch_dynamo_resume_in_") and (model is None or code in _entry_codes(model))
 
 

@@ -6,6 +6,7 @@ clock reads what the caller gave the compiled module, and each graph in between 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -19,15 +20,13 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import UserError
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
 from omnifx.errors import WholeError
 from omnifx.flops import numel
 from omnifx.graph import SMALL, Inputs
-from omnifx.weights import WeightWatch
+from omnifx.weights import HABIT, WeightWatch, plain
 from omnifx.whole import Wholes
 
 if TYPE_CHECKING:
@@ -102,6 +101,7 @@ class Boundary:
         self.make_conductor = make_conductor
         self.underway = underway
         self.watch = WeightWatch(())
+        self._probes_tell = True  # until it is seen that something overwrites the weights between calls
         self._kinds: dict[object, tuple[Conductor, Reader]] = {}
         self._unseen: tuple[Call, Conductor] | None = None  # a call whose end no hook reports
         self._codes: dict[int, CodeType] = {}  # what Dynamo saw of the model, by identity
@@ -109,48 +109,38 @@ class Boundary:
         self.capturing = "to be tried again"
         self._captures_sizes_anyway = all(getattr(config, name) for name in CAPTURE)
 
-    @property
-    def settled(self) -> bool:
-        """Whether the model will not be captured in yet another way."""
-        return self.bypassed or self.capturing == "plainly"
-
     def install(self, owner: nn.Module) -> None:
-        """See every later call of `owner`, the compiled module: hooks outside of what Dynamo traces."""
+        """See every later call of `owner`, the compiled module, outside of what Dynamo traces."""
+        inner = owner.forward if isinstance(owner, OptimizedModule) else owner._compiled_call_impl
+        assert inner is not None  # what made it a compiled module
+
+        @functools.wraps(inner)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.enter(args, kwargs)
+            output = None
+            try:
+                output = self._run(inner, args, kwargs)
+                return output
+            finally:
+                self.leave(output)
+
         if isinstance(owner, OptimizedModule):
-            owner.register_forward_pre_hook(self._before, with_kwargs=True)
-            owner.register_forward_hook(self._behind, always_call=True)
-            owner.forward = self._rescued(owner.forward)
+            owner.forward = call
         else:
-            assert owner._compiled_call_impl is not None  # what made it a compiled module
-            inner = self._rescued(owner._compiled_call_impl)
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self.enter(args, kwargs)
-                output = None
-                try:
-                    output = inner(*args, **kwargs)
-                    return output
-                finally:
-                    self.leave(output)
-
             owner._compiled_call_impl = call
 
-    def _rescued(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled call, or the model's own where that fails only for how it was captured: a module was kept whole
-        that should not have been, or Dynamo takes a captured size for an error."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return compiled(*args, **kwargs)
-            except WholeError as error:
-                self._keep_nothing_whole(str(error))
-            except (UserError, GuardOnDataDependentSymNode) as error:
-                if self.capturing != "whole":
-                    raise
-                self._give_up_one_graph(f"its sizes cannot be captured: {str(error).splitlines()[0]}")
-            return torch.compiler.disable(self.model._call_impl)(*args, **kwargs)
-
-        return call
+    def _run(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of the compiled module; uncompiled if it fails for nothing but how it was captured."""
+        try:
+            return inner(*args, **kwargs)
+        except WholeError as error:
+            self._keep_nothing_whole(str(error))
+        except Exception:  # noqa: BLE001 - if the model is at fault, the same comes again
+            if self.capturing != "whole" or self.bypassed:
+                raise
+            self.capturing = "failed"
+            self._end_capture()
+        return self.model._call_impl(*args, **kwargs)
 
     def _keep_nothing_whole(self, reason: str) -> None:
         """Capture the model in parts from the next call on."""
@@ -158,20 +148,11 @@ class Boundary:
         for code in self.wholes.codes():
             self._codes[id(code)] = code
         self.wholes.give_up()
-        self._give_up_one_graph(reason)
-
-    def _give_up_one_graph(self, reason: str) -> None:
         self.underway.call = self.underway.conductor = None
         self.bypassed = False
         self.capturing = "failed"
         self._kinds.clear()
         self._start_over(reason)
-
-    def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.enter(args, kwargs)
-
-    def _behind(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.leave(output)
 
     def note_codes(self, code: CodeType) -> None:
         """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""
@@ -241,18 +222,26 @@ class Boundary:
         if conductor.inactive:
             return
         with conductor.lock:
-            if not self.watch.probes:
-                self.watch.choose(list(self.model.parameters()))
-            reading = reader.read(leaves, self.watch.probes)
+            reading = reader.read(leaves, self._probes())
             self.watch.compare(reading.probes)
+            if self.watch.changes >= HABIT:
+                self._probes_tell = False
+            if not self._probes_tell:
+                conductor.distrust_weights()
             where = reader.inputs.latents
             call = conductor.decide(reading, leaves[where] if where is not None else None, weights=self.watch.version)
         self.underway.call, self.underway.conductor = call, conductor
+
+    def _probes(self) -> list[Tensor]:
+        """Samples of the weights between calls; offloading may leave nothing there, or memory that holds no values."""
+        return self.watch.samples(plain(list(self.model.parameters()))) if self._probes_tell else []
 
     @torch.no_grad()
     def leave(self, output: Any) -> None:
         """A call is over; `output` is what the caller gets, None if it failed."""
         self._end_capture()
+        if self.capturing == "whole" and not self.bypassed:
+            self.capturing = "failed"  # Dynamo found nothing to capture at all
         call, conductor = self.underway.call, self.underway.conductor
         self.underway.call = self.underway.conductor = None
         if call is not None and conductor is not None and output is not None:
@@ -269,8 +258,8 @@ def compiled_call() -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[str, An
             owner = local.get("self")
             if isinstance(owner, OptimizedModule) and "args" in local:
                 return owner._orig_mod, owner, tuple(local["args"]), dict(local.get("kwargs", {}))
-            in_place = isinstance(owner, nn.Module) and owner._compiled_call_impl is not None
-            if in_place and frame.f_code.co_name == "_wrapped_call_impl":
+            named = frame.f_code.co_name == "_wrapped_call_impl"
+            if named and isinstance(owner, nn.Module) and owner._compiled_call_impl is not None:  # compiled in place
                 return owner, owner, tuple(local["args"]), dict(local.get("kwargs", {}))
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -294,7 +283,8 @@ def roles_of(leaves: Sequence[Any]) -> Inputs:
         )
     )
     large = tuple(i for i, v in enumerate(leaves) if i != latents and i not in small and isinstance(v, Tensor))
-    return Inputs(latents, small, large, static=(), names=tuple(f"argument {i}" for i in range(len(leaves))))
+    names = tuple(f"argument {i}" for i in range(len(leaves)))
+    return Inputs(latents, small, large, static=(), names=names, plain_names=names)
 
 
 def _in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

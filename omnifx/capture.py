@@ -20,7 +20,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils import _pytree as pytree
 
-from omnifx.graph import ARGUMENT
+from omnifx.graph import ARGUMENT, PLAIN_NAME, SETTING
+from omnifx.weights import plain
 
 
 class InnerCompiler(Protocol):
@@ -42,15 +43,19 @@ def capture(
 ) -> Callable[..., Any]:
     """Run `compile_fx` on a Dynamo graph with `inner` as its last stage; `patches` are options of Inductor."""
     state, names = state_inputs(gm)
+    settings = setting_inputs(gm)
     order = call_order(example_inputs)
+    origins = origins_of(example_inputs)
 
     def with_static(graph: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Any:
         static = set(arguments.get("static_input_idxs") or ())
-        if len(inputs) == len(names):  # AOTAutograd kept the inputs as they were, so Dynamo's word on them holds
-            static |= set(state)
+        if len(inputs) == len(origins):  # AOTAutograd kept the inputs in their order, so Dynamo's word on them holds
+            static |= {i for i, origin in enumerate(origins) if origin in state or origin in settings}
             placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-            for node, position in zip(placeholders, order, strict=True):
-                node.meta[ARGUMENT] = position
+            for node, origin in zip(placeholders, origins, strict=True):
+                node.meta[ARGUMENT] = order[origin]
+                node.meta[PLAIN_NAME] = names[origin]
+                node.meta[SETTING] = origin in settings
         return inner(graph, inputs, tuple(sorted(static)), arguments)
 
     with functorch_config.patch(enable_autograd_cache=False):  # a hit there would return plain Inductor code
@@ -138,6 +143,24 @@ def state_inputs(gm: fx.GraphModule) -> tuple[tuple[int, ...], list[str]]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     static = tuple(i for i, node in enumerate(placeholders) if _is_state(node))
     return static, [node.name.removeprefix("l_").strip("_").removeprefix("kwargs_") for node in placeholders]
+
+
+def setting_inputs(gm: fx.GraphModule) -> frozenset[int]:
+    """Positions of a Dynamo graph's inputs that are plain numbers of a module, such as a LoRA's scale: Dynamo makes
+    them inputs when they changed once."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return frozenset(
+        i
+        for i, node in enumerate(placeholders)
+        if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+        and "NNModuleSource(" in str(getattr(node, "_dynamo_source", None) or node.meta["grapharg"])
+    )
+
+
+def origins_of(values: Sequence[Any]) -> list[int]:
+    """For each input of AOTAutograd's graph the position of the value it comes from: tensor subclasses are replaced by
+    the plain tensors inside."""
+    return [i for i, value in enumerate(values) for _ in plain([value])]
 
 
 def _is_state(node: fx.Node) -> bool:

@@ -114,6 +114,8 @@ class Reading:
 
     def moved_from(self, other: Reading) -> float:
         """``||x - x'|| / ||x'||`` over the sampled elements."""
+        if len(self.sample) != len(other.sample):  # latents of another size
+            return math.inf
         norm = math.sqrt(sum(map(operator.mul, other.sample, other.sample)))
         return math.dist(self.sample, other.sample) / norm if norm else math.inf
 
@@ -126,7 +128,7 @@ class Reader:
         self._places: dict[tuple[int, torch.device], Tensor] = {}
 
     def read(self, args: Sequence[Any], probes: Sequence[Tensor] = ()) -> Reading:
-        """Read the inputs of a call, and with them the values of some scalars of one type (samples of the weights)."""
+        """Read the inputs of a call, and with them the values of some vectors (samples of the weights)."""
         where = self.inputs.latents
         latents = args[where].detach() if where is not None else None
         small = [args[i] for i in self.inputs.small]
@@ -135,8 +137,8 @@ class Reader:
         if latents is not None:
             flat = latents.reshape(-1)
             parts += [flat[self._places_of(flat.numel(), flat.device)], flat.sum(dtype=torch.float32)[None]]
-        if probes:
-            parts.append(torch.stack(list(probes)))
+        behind = len(parts)
+        parts += probes
         values = _values_of(parts)
         read = iter(values[:count])
         sample: tuple[float, ...] = ()
@@ -149,7 +151,7 @@ class Reader:
             large=tuple([Watched.of(args[i]) for i in self.inputs.large]),
             sample=sample,
             finite=finite,
-            probes=values[-1] if probes else (),
+            probes=tuple(itertools.chain.from_iterable(values[behind:])),
             shapes=tuple(
                 [
                     tuple(args[i].shape) if isinstance(args[i], Tensor) else (int(args[i]),)

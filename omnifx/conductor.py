@@ -10,13 +10,13 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from omnifx.clock import Marked, Reading, Timeline
-from omnifx.errors import ConfigError, OmnifxWarning
+from omnifx.clock import Marked, Reading, Timeline, largest_move
+from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
 from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
 from omnifx.policy import Policy
 from omnifx.profile import BranchMeta, Profile
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from omnifx.program import Program
 
 
+_Key = tuple[Marked | None, tuple[tuple[int, ...], ...]]
+"""A mark, and the shapes of a call's inputs: what is recorded together."""
+
+
+PATIENCE = 4
+"""Steps of which nothing is captured until a model is given up: the first two or three only try how to capture it."""
+
+
 @dataclass
 class Part:
     """One graph call of a step, in the order of the calls."""
@@ -42,6 +50,8 @@ class Part:
     prefix: str
     """What makes its names unique in the model: empty if it is the only part."""
     watch: WeightWatch
+    num_bytes: int
+    """Bytes of its cuts for one stream, at the sizes of its first call."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,10 +104,13 @@ class Conductor:
         record_budget: Most bytes of a recording.
         make_profile: A recording's profile.
         learned: Called with a new profile, to save it.
+        beginning: Called before a call that no recording or stream has room for begins one, with the conductor, what
+            was read and the mark: other captures may learn from it that a generation is over.
         mark: The mark of the present context.
         record_only: Only measure; never follow a plan.
         inactive: Why nothing can be reused; empty if it can.
         explain_nothing: Why nothing can be reused of the parts of a broken model.
+        others: All conductors of the same model.
     """
 
     def __init__(
@@ -116,9 +129,11 @@ class Conductor:
         fingerprint: str,
         mark: Callable[[], Marked | None],
         make_profile: Callable[[Recording, Conductor], Profile],
+        beginning: Callable[[Conductor, Reading, Marked | None], None] = lambda conductor, reading, mark: None,
         learned: Callable[[Conductor, Profile], None] | None = None,
         record_only: bool = False,
         inactive: str = "",
+        others: Callable[[], Sequence[Conductor]] = tuple,
         explain_nothing: Callable[[Sequence[Program]], str] = lambda programs: "no branch can be reused",
     ) -> None:
         self.inputs = inputs
@@ -133,25 +148,29 @@ class Conductor:
         self.record_budget = record_budget
         self.fingerprint = fingerprint
         self.make_profile = make_profile
+        self.beginning = beginning
         self.learned = learned
         self.record_only = record_only
         self.inactive = inactive
         self.explain_nothing = explain_nothing
         self.profiles: list[Profile] = []
+        self.distrusts_weights = False  # whether all parts sum up their weights' bits at every call
         self.following = False  # whether a generation has followed a plan yet
         self.parts: list[Part] = []
         self._by_call: dict[tuple[int, int], Part] = {}
         self.streams = Streams(store, log)
         self.lock = threading.RLock()
         self._mark = mark
-        self._recorded: dict[Marked | None, tuple[Recording, list[Stream]]] = {}
+        self._others = others
+        self._recorded: dict[_Key, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
         self._unseen_output = False
+        self._empty_steps = 0  # steps in a row of which nothing was captured
         self._sealed = False  # whether all parts of a step are known
         self.missed_start = False  # whether the generation under way began before the graph was captured
         if program is not None:
-            self._add_part(program, 0)
+            self._add_part(program, 0, program.cache_bytes)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -167,8 +186,8 @@ class Conductor:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of one stream's cuts."""
-        return sum(part.program.cache_bytes for part in self.parts)
+        """Bytes of one stream's cuts, at the sizes seen first."""
+        return sum(part.num_bytes for part in self.parts)
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
@@ -178,11 +197,12 @@ class Conductor:
             for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
         )
 
-    def _add_part(self, program: Program, occurrence: int) -> Part:
+    def _add_part(self, program: Program, occurrence: int, num_bytes: int) -> Part:
         index = len(self.parts)
         start = sum(len(p.program.names) for p in self.parts)
-        watch = WeightWatch(program.analysis.inputs.static, probes=not self.broken)
-        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch)
+        watch = WeightWatch(program.analysis.inputs.static, program.analysis.inputs.settings)
+        watch.sums_always = self.distrusts_weights
+        part = Part(index, program, start, f"graph{index}." if self.broken else "", watch, num_bytes)
         self.parts.append(part)
         self._by_call[id(program), occurrence] = part
         return part
@@ -201,20 +221,32 @@ class Conductor:
         self.parts.clear()
         self._by_call.clear()
 
-    def part_of(self, call: Call, program: Program) -> Part | None:
-        """The part that a graph call of this step is; None if the first step did not have it."""
+    def part_of(self, call: Call, program: Program, *, num_bytes: int) -> Part | None:
+        """The part that a graph call of this step is; None if the first step did not have it.
+
+        Args:
+            call: The step.
+            program: The graph.
+            num_bytes: Of its cuts at the sizes of this call.
+        """
         occurrence = call.counts[id(program)]
         call.counts[id(program)] += 1
         part = self._by_call.get((id(program), occurrence))
         if part is None and not self._sealed:
-            part = self._add_part(program, occurrence)
-            if program.cache_bytes and not self.store.enlarge(call.stream.key, program.cache_bytes):
+            part = self._add_part(program, occurrence, num_bytes)
+            if num_bytes and not self.store.enlarge(call.stream.key, num_bytes):
                 self.inactive = (
                     f"cache_budget has no room for the caches of all graphs of the model: {self.cache_bytes:,} bytes "
                     "at least. Raise cache_budget"
                 )
                 self.tell(self.inactive)
         return part
+
+    def distrust_weights(self) -> None:
+        """Samples of the weights tell nothing here: let every part sum up the bits of its own at every call."""
+        self.distrusts_weights = True
+        for part in self.parts:
+            part.watch.sums_always = True
 
     # -- plans ---------------------------------------------------------------------------------------------------------
 
@@ -229,29 +261,70 @@ class Conductor:
             self.log.note(f"a profile of {profile.num_steps} steps is not used: steps={self.steps} was asked for")
             return None
         if plan is None:
-            plan = self.policy.plan(profile, speedup=self.speedup)
-        meta = profile.meta
-        timeline = Timeline(
-            timesteps=meta.timesteps,
-            moves=tuple(profile.moves.max(0).values.tolist()),
-            time_inputs=meta.time_inputs,
-            varying_inputs=meta.varying_inputs,
-        )
-        self.streams.add_entry(Entry(profile, plan, timeline))
+            plan = self.policy.plan(profile if self.filters else _unfiltered(profile), speedup=self.speedup)
+        self.streams.add_entry(Entry(profile, plan, self.timeline_of(profile)))
         self.log.note(str(plan))
         return plan
 
+    @property
+    def filters(self) -> bool:
+        """Whether corrections can tell frequencies apart here."""
+        return all(part.program.filters for part in self.parts)
+
+    def can_follow(self, plan: Plan) -> bool:
+        """Whether the plan's corrections are possible here."""
+        return self.filters or not any(map(_is_filtered, (step.correction for step in plan.steps)))
+
+    def timeline_of(self, profile: Profile) -> Timeline:
+        """When the steps of a measured generation come, in terms of this capture's inputs.
+
+        Inputs go by their names: their positions may be others where sizes are inputs as well, and token positions, for
+        one, are a small input of a small picture alone.
+
+        Raises: ProfileError if this capture has no such timestep.
+        """
+        meta, inputs = profile.meta, self.inputs
+        times, varying = meta.time_inputs, meta.varying_inputs
+        if meta.time_names and len(meta.varying_names) == len(varying):
+            changing = (*meta.time_names, *meta.varying_names)
+            small, large = (list(map(inputs.plain_name, some)) for some in (inputs.small, inputs.large))
+            if small.count(meta.time_names[0]) != 1:
+                raise ProfileError(
+                    f"the profile tells steps apart by the input {meta.time_names[0]!r}, but the small inputs here are "
+                    f"{small}. Calibrate this model with `omnifx calibrate`."
+                )
+            times = tuple(small.index(name) for name in changing if name in small)
+            varying = tuple(large.index(name) for name in changing if name in large)
+        if max((*times, -1)) >= len(inputs.small) or max((*varying, -1)) >= len(inputs.large):
+            raise ProfileError(
+                f"the profile reads the small inputs {times} and the large inputs {varying}, but here are "
+                f"{len(inputs.small)} and {len(inputs.large)}. Calibrate this model with `omnifx calibrate`."
+            )
+        moves = tuple(profile.moves.max(0).values.tolist())
+        return Timeline(meta.timesteps, moves, time_inputs=times, varying_inputs=varying)
+
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def decide(self, reading: Reading, latents: Tensor | None, *, weights: int) -> Call:
-        """What the step that begins now does."""
+    def decide(self, reading: Reading, latents: Tensor | None, *, weights: int, num_bytes: int | None = None) -> Call:
+        """What the step that begins now does.
+
+        Args:
+            reading: What the clock read.
+            latents: As they are now.
+            weights: Version of the model's weights.
+            num_bytes: Of one stream's cuts at the sizes of this call; None: those of the parts known so far.
+        """
+        num_bytes = self.cache_bytes if num_bytes is None else num_bytes
         mark = self._mark()
         stream, reason = self.streams.proceed(reading, mark)
+        if stream is None and (mark, reading.shapes) not in self._recorded:
+            self.finish_before(reading, mark, self.inputs)
+            self.beginning(self, reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
-            self._finish(mark)
-            stream = self.streams.begin(reading, mark, num_bytes=self.cache_bytes)
+            self._finish((mark, reading.shapes))
+            stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
         if stream is None:
-            return self._record(reading, mark, reason, latents, weights)
+            return self._record(reading, mark, reason, latents, weights, num_bytes)
         self.store.touch(stream.key)
         if not reading.finite:
             stream.doubt = "the latents hold NaN or infinity"
@@ -278,6 +351,8 @@ class Conductor:
         """Row and correction of the step, if all plans that still fit agree."""
         first = stream.entries[0].plan
         row, correction = first.row_of(stream.step), first.steps[stream.step].correction
+        if _is_filtered(correction) and not self.filters:
+            return self._compute_row, None, "the plan filters its corrections, but the output has no grid here"
         for entry in stream.entries[1:]:
             other = entry.plan
             if (other.row_of(stream.step), other.steps[stream.step].correction) != (row, correction):
@@ -299,31 +374,54 @@ class Conductor:
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
-    def _record(self, reading: Reading, mark: Marked | None, reason: str, latents: Tensor | None, weights: int) -> Call:
+    def _record(
+        self,
+        reading: Reading,
+        mark: Marked | None,
+        reason: str,
+        latents: Tensor | None,
+        weights: int,
+        num_bytes: int,
+    ) -> Call:
         """A step that no plan covers: run it in full and measure it."""
-        if mark in self._recorded and self._recorded[mark][0].starts_anew(reading):
-            self._finish(mark)
+        key = (mark, reading.shapes)
+        if key in self._recorded and self._recorded[key][0].starts_anew(reading):
+            self._finish(key)
             if not self.record_only and self.streams.starting(reading, mark):
-                stream = self.streams.begin(reading, mark, num_bytes=self.cache_bytes)
+                stream = self.streams.begin(reading, mark, num_bytes=num_bytes)
                 assert stream is not None  # some plan starts here
                 return self._call(stream, self._compute_row, None, "", reading, weights)
-        if mark not in self._recorded:
-            self._recorded[mark] = (Recording(self.inputs), [])
+        if key not in self._recorded:
+            reason = reason or self._came_amid(reading, mark)
+            self._recorded[key] = (Recording(self.inputs), [])
         self.streams.leave_behind(reading, mark)
-        recording, streams = self._recorded[mark]
+        recording, streams = self._recorded[key]
         number = recording.stream_of(reading)
         if number == len(streams):
-            stream = self.streams.open(reading, mark, streams[0].log if streams else None, num_bytes=self.cache_bytes)
+            stream = self.streams.open(reading, mark, streams[0].log if streams else None, num_bytes=num_bytes)
             stream.number = number
             streams.append(stream)
         stream = streams[number]
         stream.recording = recording
         stream.step = recording.num_steps - (1 if number else 0)
         stream.last = reading
-        reason = reason or self._refused_plan or "measured: no plan for these steps yet"
+        reason = stream.doubt or reason or self._refused_plan or "measured: no plan for these steps yet"
         call = self._call(stream, self._compute_row, None, reason, reading, weights)
         call.latents = latents.detach() if latents is not None else None
         return call
+
+    def _came_amid(self, reading: Reading, mark: Marked | None) -> str:
+        """Why a recording begins here, if a generation that another graph of the model has begun goes on with it."""
+        for stream in [s for other in self._others() if other is not self for s in other.streams]:
+            if stream.mark is not mark or len(stream.last.sample) != len(reading.sample):
+                continue
+            nears = [e.timeline.moves[min(stream.step + 1, len(e.timeline.moves) - 1)] for e in stream.entries]
+            if any(0 < reading.moved_from(stream.last) <= largest_move(near) for near in nears):
+                return (
+                    "the model runs another graph than this generation began with: its adapters, weights or settings "
+                    "were changed meanwhile"
+                )
+        return ""
 
     def keep(self, call: Call, output: Tensor | None, noise: Tensor | None) -> None:
         """Add a recorded step: its latents, what the model gave, and the noise that reuse would have caused."""
@@ -350,23 +448,40 @@ class Conductor:
             stream.log.steps.append(call.log)
         if stream.is_last_step:
             self.streams.drop(stream.key)
-        if self.parts and not self.names and not self.inactive:
+        self._empty_steps = 0 if self.parts else self._empty_steps + 1
+        if not self.names and not self.inactive and (self.parts or self._empty_steps >= PATIENCE):
             self.inactive = self.explain_nothing([part.program for part in self.parts])
             self.tell(self.inactive)
 
     def finish(self, mark: Marked | None = None) -> None:
         """End what is being recorded under a mark, and learn from it."""
         with self.lock:
-            self._finish(mark)
+            self._finish_all(mark)
+
+    def finish_before(self, reading: Reading, mark: Marked | None, inputs: Inputs) -> None:
+        """End what is being recorded under a mark, as far as a call of another shape shows that it is over.
+
+        Args:
+            reading: The call.
+            mark: Its mark.
+            inputs: Roles of its inputs, which may be those of another capture.
+        """
+        for key in [key for key in self._recorded if key[0] is mark]:
+            if self._recorded[key][0].is_over(reading, inputs):
+                self._finish(key)
 
     def end_marked(self, mark: Marked) -> None:
         """A marked generation is over: learn from its recording, free its caches."""
         with self.lock:
-            self._finish(mark)
+            self._finish_all(mark)
             self.streams.drop_marked(mark)
 
-    def _finish(self, mark: Marked | None) -> None:
-        found = self._recorded.pop(mark, None)
+    def _finish_all(self, mark: Marked | None) -> None:
+        for key in [key for key in self._recorded if key[0] is mark]:
+            self._finish(key)
+
+    def _finish(self, key: _Key) -> None:
+        found = self._recorded.pop(key, None)
         if found is None:
             return
         recording, streams = found
@@ -376,6 +491,10 @@ class Conductor:
         if self.missed_start:
             self.missed_start = False
             self.log.note("the first generation was not learned from: its first step ran before the model was captured")
+            return
+        if any(stream.homeless for stream in streams):
+            return  # nothing was cached, so nothing is known of what reuse would cause
+        if self.inactive:
             return
         if problem := recording.problem():
             self.tell(f"the first generation could not be used to plan: {problem}. Steps keep running in full.")
@@ -419,9 +538,19 @@ class Conductor:
     def _recorder_for(self, latents: Tensor, output: Tensor) -> Recorder:
         key = (*latents.shape, *output.shape)
         if key not in self._recorders:
+            self._recorders.clear()  # a large one holds indices of its size; a recording keeps its own
             budget, axis = self.record_budget, self.frame_axis
             self._recorders[key] = Recorder(latents, output, budget=budget, frame_axis=axis)
         return self._recorders[key]
+
+
+def _is_filtered(correction: Correction | None) -> bool:
+    return correction is not None and correction.filter != "all"
+
+
+def _unfiltered(profile: Profile) -> Profile:
+    """The profile for an output without a grid, where frequencies cannot be told apart."""
+    return replace(profile, meta=profile.meta.model_copy(update={"filter_axes": ()}))
 
 
 __all__ = ["Call", "Conductor", "Part"]

@@ -18,11 +18,10 @@ from torch._inductor import config as inductor_config
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.breaks import GraphBreak, watch_breaks
-from omnifx.capture import capture, root_module, state_inputs
+from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.errors import MatchError
-from omnifx.graph import BitSets, clone, node_flops, numel, output_of
+from omnifx.graph import SMALL, BitSets, clone, node_flops, numel, output_of
 from omnifx.hollow import hollow_arguments, hollow_like, hollow_model
-from omnifx.passes.find_branches import SMALL
 from omnifx.program import Program
 from omnifx.report import MatchReport
 from omnifx.session import report_of
@@ -87,7 +86,7 @@ def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         state, names = state_inputs(gm)
-        taken.names[:] = names
+        taken.names[:] = [names[i] for i in origins_of(example_inputs)]
         first = len(taken.programs)
         path = own_path.get(id(root_module()), "")
         known = {i: full_name[id(example_inputs[i])] for i in state if id(example_inputs[i]) in full_name}

@@ -18,8 +18,12 @@ from omnifx.errors import PassError
 from omnifx.flops import hint, is_attention, node_flops, num_bytes, numel, tensors_in
 
 ANALYSIS = "omnifx_analysis"
+PLAIN_NAME = "omnifx_plain_name"
+"""What the model's author calls an input."""
 ARGUMENT = "omnifx_argument"
 """Where in the call of the model an input's value stood; 0 if unknown."""
+SETTING = "omnifx_setting"
+"""True for an input that is a number kept in a module (a LoRA's scale)."""
 EXTRA_INPUTS = "omnifx_extra_inputs"
 EXTRA_OUTPUTS = "omnifx_extra_outputs"
 CONDITIONS = "omnifx_conditions"
@@ -35,6 +39,8 @@ class Inputs:
 
     `latents` is what the sampler moves, `small` inputs (timesteps, labels, scales) are read by the clock at every call,
     `large` ones (text, masks, position tables) are watched for change, `static` ones are parameters and buffers.
+    `settings`, which are among the static ones, are numbers kept in modules (a LoRA's scale): they come in a new tensor
+    at each call.
     `further_latents`, which are among the large ones, move as well: the audio of a model of video and audio.
     """
 
@@ -44,6 +50,16 @@ class Inputs:
     static: tuple[int, ...]
     names: tuple[str, ...]
     further_latents: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    """Whole numbers that are sizes of other inputs, in a graph with dynamic shapes."""
+    plain_names: tuple[str, ...] = ()
+    """What the model's author calls each input, as far as is known: the same in every capture of a model."""
+
+    def plain_name(self, position: int) -> str:
+        """The name of an input that another capture of the same model has as well; empty if unknown."""
+        return self.plain_names[position] if position < len(self.plain_names) else ""
+
+    settings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -361,6 +377,8 @@ __all__ = [
     "CONDITIONS",
     "EXTRA_INPUTS",
     "EXTRA_OUTPUTS",
+    "PLAIN_NAME",
+    "SETTING",
     "SMALL",
     "Analysis",
     "BitSets",

@@ -30,13 +30,13 @@ class Grid:
 
         [B, C, H, W] has the axes H and W; [B, C, F, H, W] (or [B, F, C, H, W], as `frame_axis` tells) also F; tokens
         [B, N, C] are taken as a square image where N is a square, as packed latents of square images are; anything else
-        has no grid.
+        has no grid. With dynamic shapes, sizes may be symbolic; that a symbolic N is a square is not known.
         """
         if len(shape) == 4:
             return cls(shape, (2, 3))
         if len(shape) == 5:
             return cls(shape, (*((frame_axis,) if frame_axis is not None else ()), 3, 4))
-        if len(shape) == 3 and math.isqrt(shape[1]) ** 2 == shape[1] and shape[1] > 1:
+        if len(shape) == 3 and isinstance(shape[1], int) and math.isqrt(shape[1]) ** 2 == shape[1] and shape[1] > 1:
             side = math.isqrt(shape[1])
             return cls((shape[0], side, side, shape[2]), (1, 2))
         return cls(shape, ())

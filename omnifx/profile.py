@@ -69,6 +69,10 @@ class ProfileMeta(BaseModel):
     """Positions of the graph's inputs that change from step to step with the timestep."""
     varying_inputs: tuple[int, ...] = ()
     """Positions of large inputs, beside the latents, that change from step to step."""
+    time_names: tuple[str, ...] = ()
+    """What the model calls its `time_inputs`; empty if unknown. Positions may differ at another size."""
+    varying_names: tuple[str, ...] = ()
+    """What the model calls its `varying_inputs`; empty if unknown."""
     sketched: bool = False
     """Whether the vectors were too large to keep, so that inner products come from a random sketch."""
 

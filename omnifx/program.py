@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -22,6 +23,7 @@ from omnifx.graph import (
     Branch,
     analysis_of,
     clone,
+    hint,
     nodes_by_name,
     num_bytes,
     output_of,
@@ -30,11 +32,13 @@ from omnifx.graph import (
     total_flops,
 )
 from omnifx.grid import Grid
+from omnifx.passes.bind_sizes import BindSizes
 from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
 from omnifx.plan import COMPUTE, REUSE, Row
 from omnifx.profile import BranchMeta
+from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
 
 
 @dataclass
@@ -48,13 +52,15 @@ class Variant:
     extra_values: tuple[Tensor, ...]
     """Fake values of the extra inputs: shapes, strides and types that the graph was compiled for."""
     flops: int
-    compile_seconds: float
+    compile_seconds: float = 0.0
     conditions: Conditions | None = None
     """The graph that makes its ``condition:`` inputs."""
     shares: bool | None = None
     """Whether an output of the model shares memory with a cut; None until it ran."""
-    checked: bool = False
-    """Whether it was seen to reproduce a full step from that step's own cuts."""
+    checked: set[Sizes] = field(default_factory=set)
+    """The sizes at which it was made to reproduce a full step from that step's own cuts."""
+    guards: tuple[sympy.Basic, ...] = ()
+    """What sizes must fulfil, if it was compiled when Dynamo's guards stood already."""
 
     def feed(self, args: Sequence[Any], values: Mapping[str, Tensor]) -> list[Any]:
         """The inputs of one run: the model's own, then `values` by label (``cut:<node>``, ...); what is not among them
@@ -99,7 +105,7 @@ class Program:
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
         self._specs: dict[tuple[Row, bool], VariantSpec] = {}
-        run_passes(gm, (FindBranches(static=frozenset(static)),), label="capture")
+        run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
         self.side_effects = side_effects(gm)
@@ -110,15 +116,32 @@ class Program:
         self.cut_values: dict[str, Tensor] = {
             cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
         }
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.sizes = SizeInputs(placeholders)
+        self.unsized = next((cut for cut, value in self.cut_values.items() if not self.sizes.tell(value)), "")
+        self._shapes = shapes_of(self.inputs)
+        self._late_guards: list[sympy.Basic] = []
+        self._bytes: dict[Sizes, int] = {}
         self.cache_bytes = sum(map(num_bytes, self.cut_values.values()))
         outputs = output_of(gm).args[0]
         self.noisy = noisy_outputs(gm, self.names) if self.names else []
         self.frame_axis = frame_axis(gm, self.analysis)
         self.grids = tuple(
-            (i, Grid.of(tuple(map(int, outputs[i].meta["val"].shape)), frame_axis=self.frame_axis))  # type: ignore[index,union-attr]
+            (i, Grid.of(tuple(outputs[i].meta["val"].shape), frame_axis=self.frame_axis))  # type: ignore[index,union-attr]
             for i in self.noisy
         )
         self.main_output = max(self.noisy, key=lambda i: num_bytes(outputs[i].meta["val"]), default=None)  # type: ignore[index,union-attr]
+
+    def cache_bytes_at(self, sizes: Sizes) -> int:
+        """Bytes of one stream's cuts at these sizes; `cache_bytes` is that of the sizes seen at capture."""
+        if sizes not in self._bytes:
+            self._bytes[sizes] = sum(map(sizes.num_bytes, self.cut_values.values()))
+        return self._bytes[sizes]
+
+    @property
+    def filters(self) -> bool:
+        """Whether the main output has a grid, along which a correction can filter."""
+        return bool(dict(self.grids)[self.main_output].axes) if self.main_output is not None else True
 
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
         """The cuts that a variant reads, by node name."""
@@ -164,6 +187,14 @@ class Program:
 
     def _compile(self, spec: VariantSpec) -> Variant:
         start = time.perf_counter()
+        with late_guards(self._shapes) as guards:
+            variant = self._make(spec)
+        self._late_guards += guards  # they also bind what is compiled later: sizes that they fix stay fixed
+        variant.guards = tuple(self._late_guards)
+        variant.compile_seconds = time.perf_counter() - start
+        return variant
+
+    def _make(self, spec: VariantSpec) -> Variant:
         gm = clone(self.gm)
         if spec != self.plain:
             run_passes(gm, pipeline(spec, self.grids, hoists=self.hoists), label=spec.label)
@@ -180,7 +211,6 @@ class Program:
             extra_values=tuple(values[len(values) - len(labels) :]),
             flops=flops,
             conditions=self._lower_conditions(conditions) if conditions is not None else None,
-            compile_seconds=time.perf_counter() - start,
         )
 
     def _lower_conditions(self, gm: fx.GraphModule) -> Conditions:
@@ -188,7 +218,11 @@ class Program:
         return Conditions(
             flops=total_flops(gm),
             names=tuple(label.partition(":")[2] for label in gm.meta[EXTRA_OUTPUTS]),
-            weights=tuple(i for i in self.analysis.inputs.static if placeholders[i].users),
+            weights=tuple(
+                i
+                for i in self.analysis.inputs.static
+                if placeholders[i].users and i not in self.analysis.inputs.settings
+            ),
             run=self.lowering(gm, self.inputs, num_extra_inputs=0),
         )
 
@@ -240,7 +274,7 @@ def frame_axis(gm: fx.GraphModule, analysis: Analysis) -> int | None:
             kernel = node.args[1].meta["val"]
             if kernel.dim() == 5:
                 return 2
-            channels = int(kernel.shape[1])
-            fits = [axis for axis in (1, 2) if int(value.shape[axis]) == channels]
+            channels = hint(kernel.shape[1])
+            fits = [axis for axis in (1, 2) if hint(value.shape[axis]) == channels]
             return {1: 2, 2: 1}[fits[0]] if len(fits) == 1 else None
     return 2

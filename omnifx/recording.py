@@ -177,6 +177,27 @@ class Recording:
                 return True
         return False
 
+    def is_over(self, reading: Reading, inputs: Inputs) -> bool:
+        """Whether a call of another shape, maybe of another capture with other `inputs`, shows that this generation is
+        over: its timestep is back at the first one, or runs the other way.
+
+        One that follows the timesteps may be a generation beside it, or a further stream of it.
+        """
+        if self.num_steps < FEWEST_STEPS:
+            return False
+        first, last = self.groups[0][0].reading, self.groups[-1][-1].reading
+        for i in self.time_inputs():
+            name = self.inputs.plain_name(self.inputs.small[i])
+            names = [inputs.plain_name(position) for position in inputs.small]
+            at = i if inputs is self.inputs else names.index(name) if name and name in names else None
+            if at is None:
+                continue
+            values = first.small[i], last.small[i], reading.small[at]
+            start, before, now = (sum(value) / max(1, len(value)) for value in values)
+            if (now == start and before != start) or (now - before) * (before - start) < 0:
+                return True
+        return False
+
     def problem(self) -> str:
         """Why this recording cannot become a profile; empty if it can."""
         if self.full:
@@ -208,6 +229,10 @@ class Recording:
             varying_inputs=self.varying_inputs(),
         )
 
+    def _names(self, positions: list[int]) -> tuple[str, ...]:
+        names = tuple(map(self.inputs.plain_name, positions))
+        return names if all(names) else ()
+
     def profile(
         self,
         *,
@@ -216,7 +241,6 @@ class Recording:
         versions: dict[str, str],
         flops: int,
         branches: tuple[BranchMeta, ...],
-        latent_shape: tuple[int, ...],
         output_shape: tuple[int, ...],
     ) -> Profile:
         """The profile of this one run; call only if there is no `problem`."""
@@ -236,11 +260,13 @@ class Recording:
             num_runs=1,
             flops=flops,
             branches=branches,
-            latent_shape=latent_shape,
+            latent_shape=self.groups[0][0].reading.shapes[-1] if self.inputs.latents is not None else (),
             output_shape=output_shape,
             filter_axes=self.recorder.grid.axes,
             time_inputs=timeline.time_inputs,
             varying_inputs=timeline.varying_inputs,
+            time_names=self._names([self.inputs.small[i] for i in timeline.time_inputs]),
+            varying_names=self._names([self.inputs.large[i] for i in timeline.varying_inputs]),
             sketched=self.recorder.sketched,
         )
         return Profile(meta=meta, grams=torch.stack(grams)[None], moves=torch.tensor([timeline.moves]))

@@ -31,7 +31,7 @@ class StepLog:
 
     def add(self, variant: str, reason: str, spent: int, whole: int) -> None:
         """A further part of the same call."""
-        if variant not in self.variant.split(" & "):
+        if variant and variant not in self.variant.split(" & "):
             self.variant = f"{self.variant} & {variant}" if self.variant else variant
         self.reason = self.reason or reason
         self.spent += spent

@@ -24,6 +24,7 @@ from omnifx.plan import REUSE, Row
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
+from omnifx.sizes import Sizes
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
@@ -41,6 +42,8 @@ class Job:
     """Versions of the model's and of this part's weights."""
     small: tuple[tuple[float, ...], ...]
     """Values of the graph's small inputs; empty in a broken model."""
+    sizes: Sizes
+    """The graph's symbolic sizes in this call."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[int, Tensor] = field(default_factory=dict)
     computed: int = 0
@@ -138,10 +141,16 @@ class Runner:
         part, latents = conductor.parts[0], self.program.analysis.inputs.latents
         with self._lock:
             part.watch.look(args)
-            reading = self.reader.read(args, part.watch.probes)
+            reading = self.reader.read(args, part.watch.probes(args))
             part.watch.compare(reading.probes)
-            call = conductor.decide(reading, args[latents] if latents is not None else None, weights=part.watch.version)
-            return self._job(call, part, reading.small)
+            sizes = self.program.sizes.at(args)
+            call = conductor.decide(
+                reading,
+                args[latents] if latents is not None else None,
+                weights=part.watch.version,
+                num_bytes=self.program.cache_bytes_at(sizes),
+            )
+            return self._job(call, part, reading.small, sizes)
 
     def _join(self, args: list[Any]) -> Job | None:
         """A call of one of the graphs of the step under way."""
@@ -149,18 +158,19 @@ class Runner:
         if call is None or conductor is None or conductor.inactive:
             return None
         with conductor.lock:
-            part = conductor.part_of(call, self.program)
+            sizes = self.program.sizes.at(args)
+            part = conductor.part_of(call, self.program, num_bytes=self.program.cache_bytes_at(sizes))
             if part is None:
                 return None
             part.watch.look(args)
-            return self._job(call, part, ())
+            return self._job(call, part, (), sizes)
 
-    def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...]) -> Job:
+    def _job(self, call: Call, part: Part, small: tuple[tuple[float, ...], ...], sizes: Sizes) -> Job:
         """What to do of the step's row here; computes where a cache is not proven to be valid."""
         row, cache = part.row_in(call.row), call.stream.cache
         if len(row) != len(self.program.names):
             row = self.program.compute_row
-        job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small)
+        job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
         if REUSE in row and (reason := self._refusal(job)):
             job.row, job.reason = self.program.compute_row, reason
             call.correction = None
@@ -184,6 +194,9 @@ class Runner:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
+        variant = self._compiled(self.program.reusing(job.row, corrects=job.call.stream.reads_noise))
+        if not job.sizes.allows(variant.guards):
+            return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -194,7 +207,7 @@ class Runner:
         if not computes:
             variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise))
         else:
-            variant = self._compiled(program.full(measures=False) if program.names else program.plain)
+            variant = self._compiled(self._full_spec(job))
         if call.stream.step == 0:
             for table in self._tables.values():
                 table.check(args)
@@ -210,6 +223,15 @@ class Runner:
         self._after(job, variant, outputs, noise)
         return outputs[: program.num_outputs]
 
+    def _full_spec(self, job: Job) -> VariantSpec:
+        """How to compute everything: with cuts, unless there is no room for them."""
+        program = self.program
+        if not program.names:
+            return program.plain
+        if job.call.stream.homeless and job.sizes.allows(self._compiled(program.plain).guards):
+            return program.plain
+        return program.full(measures=False)
+
     def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
         """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
 
@@ -220,10 +242,11 @@ class Runner:
         wanted = job.call.measures and not self._conductor.broken and not program.side_effects
         if wanted and program.noisy and all(cut in job.cuts for cut in program.cut_values):
             variant = self._any_reuse(stream.reads_noise)
-            again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
-            copies = not program.lowering.owns_outputs
-            cached = {i: again[i].clone() if copies else again[i] for i in program.noisy}
-            job.computed += variant.flops
+            if job.sizes.allows(variant.guards):
+                again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
+                copies = not program.lowering.owns_outputs
+                cached = {i: again[i].clone() if copies else again[i] for i in program.noisy}
+                job.computed += variant.flops
         job.cuts.clear()
         with self._lock:
             for cut in program.cut_values:
@@ -253,7 +276,7 @@ class Runner:
             elif kind == "condition":
                 values.append(conditions[name])
             else:
-                values.append(_zeros_like(fake))
+                values.append(_zeros_like(fake, job.sizes))
         return values
 
     def _extra_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
@@ -269,13 +292,14 @@ class Runner:
                 values.append(conditions[name])
             elif kind == "noise":
                 held = job.noise.get(int(name))
-                values.append(_zeros_like(fake) if held is None else held)
+                values.append(_zeros_like(fake, job.sizes) if held is None else held)
             elif kind == "coefficients":
                 values.append(self._coefficient_tensor(job.call, fake.device))
-            else:  # low_pass:size
+            else:  # low_pass:<size>
                 correction = job.call.correction
                 cutoff = correction.cutoff if correction is not None else 0.5
-                values.append(self._low_pass_tensor(int(name), cutoff, fake.device))
+                size = job.sizes.number(fake.shape[0])
+                values.append(self._low_pass_tensor(size, cutoff, fake.device))
         return values
 
     def _conditions(self, variant: Variant, job: Job, args: list[Any]) -> dict[str, Tensor]:
@@ -289,7 +313,8 @@ class Runner:
                 table = self._tables[variant.spec] = Table(conditions)
                 table.check(args)
             copies = not self.program.lowering.owns_outputs
-            values, missed = table.read(job.small, args, version=job.weights[0], copies=copies)
+            key = (*job.small, *((float(number),) for _, number in job.sizes.values))
+            values, missed = table.read(key, args, version=job.weights[0], copies=copies)
         job.computed += conditions.flops * missed
         return values
 
@@ -327,9 +352,9 @@ class Runner:
             kind, _, name = label.partition(":")
             if kind != "cut":
                 continue
-            expected = program.cut_values[name]
-            if value.stride() != expected.stride():
-                value = value.new_empty_strided(value.shape, _strides(expected)).copy_(value)
+            strides = job.sizes.strides(program.cut_values[name])
+            if value.stride() != strides:
+                value = value.new_empty_strided(value.shape, strides).copy_(value)
             elif not program.lowering.owns_outputs:
                 value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
             job.cuts[name] = value
@@ -375,13 +400,16 @@ class Runner:
         """Compile what the plan will need, and check each reuse variant once: fed this step's own cuts it must
         reproduce it."""
         program, stream = self.program, job.call.stream
+        if stream.homeless:
+            return
         for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
             if REUSE in row and len(row) == len(program.names):
                 self._compiled(program.reusing(row, corrects=stream.reads_noise))
         if program.side_effects:
             return
-        for variant in [v for v in program.variants.values() if REUSE in v.spec.row and not v.checked]:
-            variant.checked = True
+        unchecked = [v for v in program.variants.values() if REUSE in v.spec.row and job.sizes not in v.checked]
+        for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
+            variant.checked.add(job.sizes)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
             for i in program.noisy:
                 true, got = outputs[i].float(), again[i].float()
@@ -398,14 +426,10 @@ def _memory(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
-def _strides(fake: Tensor) -> tuple[int, ...]:
-    return tuple(map(int, fake.stride()))
-
-
-def _zeros_like(fake: Tensor) -> Tensor:
+def _zeros_like(fake: Tensor, sizes: Sizes) -> Tensor:
     """Real zeros with the shape, strides, type and device of a fake value."""
-    sizes, strides = tuple(map(int, fake.shape)), _strides(fake)
-    return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).zero_()
+    shape, strides = sizes.shape(fake), sizes.strides(fake)
+    return torch.empty_strided(shape, strides, dtype=fake.dtype, device=fake.device).zero_()
 
 
 __all__ = ["Runner"]

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import hashlib
 import threading
+import uuid
 import warnings
 import weakref
 from collections import Counter
@@ -26,10 +27,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.boundary import Boundary, Underway, compiled_call
 from omnifx.breaks import GraphBreak, known_breaks
-from omnifx.clock import Marked, mark, marked_for
+from omnifx.clock import Marked, Reading, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
 from omnifx.graph import Branch, Inputs, hint
+from omnifx.hooks import hooks_of
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.profile import Profile
@@ -41,6 +43,7 @@ from omnifx.runner import Runner
 from omnifx.store import CacheStore, default_budget
 from omnifx.trunks import with_trunks
 from omnifx.unmatched import nothing_found
+from omnifx.weights import plain
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _LOCK = threading.RLock()
@@ -137,17 +140,19 @@ class Session:
             inputs,
             program=program,
             frame_axis=frame_axis,
-            latent_shape=tuple(map(int, latents.shape)) if isinstance(latents, Tensor) else (),
+            latent_shape=tuple(map(hint, latents.shape)) if isinstance(latents, Tensor) else (),
             policy=self.policy,
             speedup=self.options.speedup,
             steps=self.options.steps,
             store=self._make_store(latents.device if isinstance(latents, Tensor) else torch.device("cpu")),
             log=self.log,
             record_budget=int(self.options.record_budget),
-            learned=self._save_profile if self.options.profile_cache and not self.record_only else None,
+            beginning=self._beginning,
+            learned=self._learned,
             make_profile=self._profile,
             record_only=self.record_only,
             inactive=inactive,
+            others=lambda: self.conductors,
             explain_nothing=self._inactive,
             fingerprint=fingerprint,
             mark=lambda: marked_for(self),
@@ -165,7 +170,10 @@ class Session:
         if found is None or self.boundary is not None or not self.policy.needs_profile:
             return
         model, owner, args, kwargs = found
-        digest = weights_hash(list(model.parameters()))
+        parameters = list(model.parameters())
+        digest = weights_hash(parameters)
+        if any(parameter.is_meta for parameter in parameters):  # offloaded: nothing here tells checkpoints apart
+            digest = uuid.uuid4().hex
 
         def make_conductor(inputs: Inputs, latents: Tensor | None) -> Conductor:
             reason = (
@@ -218,14 +226,40 @@ class Session:
         )
 
     def _share_plans(self, conductor: Conductor) -> None:
-        """Let a graph that was captured again (for another batch size, say) follow what the session knows already."""
+        """Let a graph that was captured again (for another size, say) follow what the session knows already."""
         for entry in [e for other in self.conductors if other is not conductor for e in reversed(other.entries)]:
-            try:
-                self._check_profile(entry.profile, conductor)
-            except ProfileError:
-                continue
-            if all(entry.profile is not known.profile for known in conductor.entries):
-                conductor.add_profile(entry.profile, entry.plan)
+            self._share(entry.profile, entry.plan, conductor)
+
+    def _share(self, profile: Profile, plan: Plan, conductor: Conductor) -> None:
+        if any(profile is known.profile for known in conductor.entries):
+            return
+        try:
+            self._check_profile(profile, conductor)
+            conductor.add_profile(profile, plan if conductor.can_follow(plan) else None)
+        except (ProfileError, ConfigError):
+            return
+
+    def _beginning(self, conductor: Conductor, reading: Reading, mark: Marked | None) -> None:
+        """A call begins something new in one capture: a generation that another capture records may be over."""
+        for other in self.conductors:
+            if other is not conductor and not other.inactive and other.lock.acquire(blocking=False):
+                try:  # never waits: two captures may be called at once, each by a thread that holds its lock
+                    other.finish_before(reading, mark, conductor.inputs)
+                finally:
+                    other.lock.release()
+
+    def _learned(self, conductor: Conductor, profile: Profile) -> None:
+        """A generation was measured: keep its profile for other processes, and for other captures of the model."""
+        if self.record_only:
+            return
+        if self.options.profile_cache:
+            self._save_profile(conductor, profile)
+        plan = next((entry.plan for entry in conductor.entries if entry.profile is profile), None)
+        if plan is None:  # the policy refused
+            return
+        for other in self.conductors:
+            if other is not conductor and not other.inactive:
+                self._share(profile, plan, other)
 
     def _budget(self, device: torch.device) -> int:
         budget = self.options.cache_budget
@@ -239,8 +273,15 @@ class Session:
         """Why nothing can be reused of these graphs; empty if something can."""
         if len(programs) == 1 and programs[0].side_effects:
             return _effects_of(self.model_name, programs[0], self.names)
+        if len(programs) == 1 and programs[0].unsized:
+            return (
+                f"the size of {programs[0].unsized} in {self.model_name} depends on values, so that the bytes of its "
+                "caches are not known before it runs; nothing is reused"
+            )
         if not any(program.names for program in programs):
-            return nothing_found(self.model_name, [(program.gm, program.analysis) for program in programs])
+            graphs = [(program.gm, program.analysis) for program in programs]
+            breaks = known_breaks() if len(programs) > 1 else ()
+            return nothing_found(self.model_name, graphs, breaks, hooks=hooks_of(self.model_ref()))
         if len(programs) == 1 and programs[0].analysis.inputs.latents is None:
             return (
                 f"{self.model_name} has no floating-point input that looks like latents, so steps cannot be told apart"
@@ -255,7 +296,6 @@ class Session:
             versions=versions(),
             flops=conductor.flops,
             branches=conductor.branch_metas(),
-            latent_shape=conductor.latent_shape,
             output_shape=recording.recorder.output_shape,
         )
 
@@ -302,11 +342,18 @@ class Session:
             raise ProfileError(
                 f"the profile does not belong to this model: {what}. Calibrate this model with `omnifx calibrate`."
             )
-        if conductor.latent_shape[1:] != meta.latent_shape[1:]:
+        if conductor.broken and conductor.latent_shape[1:] != meta.latent_shape[1:]:
             raise ProfileError(
                 f"the profile was measured on latents {list(meta.latent_shape)}, these are "
-                f"{list(conductor.latent_shape)}; only the batch size may differ. Calibrate at this size."
+                f"{list(conductor.latent_shape)}; as the model's graph is broken, only the batch size may differ. "
+                "Calibrate at this size."
             )
+        if len(conductor.latent_shape) != len(meta.latent_shape):
+            raise ProfileError(
+                f"the profile was measured on latents {list(meta.latent_shape)}, these are "
+                f"{list(conductor.latent_shape)}; only their sizes may differ. Calibrate on such latents."
+            )
+        conductor.timeline_of(profile)
 
     def _save_profile(self, conductor: Conductor, profile: Profile) -> None:
         folder = profile_folder(conductor.fingerprint)
@@ -339,8 +386,11 @@ class Session:
         )
 
     def report(self) -> MatchReport:
-        """What was found in the captured graphs."""
-        return report_of(self.model_name, [runner.program for runner in self.runners], self.names)
+        """What was found in the captured graphs; where the model is broken, in all parts of a step."""
+        programs = [runner.program for runner in self.runners]
+        broken = next((c for c in reversed(self.conductors) if c.broken and c.parts), None)
+        entries = [(programs.index(part.program), "") for part in broken.parts] if broken is not None else None
+        return report_of(self.model_name, programs, self.names, entries=entries)
 
     def finish(self) -> None:
         """Learn from recordings that no later generation ended."""
@@ -375,7 +425,7 @@ def report_of(
     inputs: dict[str, str] = {}
     for program in programs if entries is None or len(programs) == 1 else ():  # parts of a model have other inputs
         roles = program.analysis.inputs
-        label = {i: names[i] if i < len(names) else name for i, name in enumerate(roles.names)}
+        label = {i: roles.plain_name(i) or (names[i] if i < len(names) else name) for i, name in enumerate(roles.names)}
         for i in (*([roles.latents] if roles.latents is not None else []), *roles.small, *roles.large):
             role = (
                 "latents"
@@ -549,7 +599,7 @@ def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
 def weights_hash(values: Sequence[Any]) -> str:
     """A fingerprint of parameters: shapes, types and up to 64 evenly spread elements of each, as stored."""
     digest = hashlib.sha256()
-    for value in values:
+    for value in plain(values):
         if not isinstance(value, Tensor):
             continue
         digest.update(f"{tuple(value.shape)}{value.dtype}".encode())

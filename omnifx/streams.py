@@ -29,6 +29,11 @@ class Entry:
     plan: Plan
     timeline: Timeline
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of the latents it was measured on, without the batch."""
+        return self.profile.meta.latent_shape[1:]
+
 
 @dataclass
 class Stream:
@@ -47,6 +52,7 @@ class Stream:
     scale: float = 1.0  # what the last known noise is multiplied by
     has_noise: bool = False
     on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
+    homeless: bool = False  # whether its caches alone are over the budget, so that it has none
 
     @property
     def reads_noise(self) -> bool:
@@ -72,9 +78,9 @@ class Streams:
         return itertools.chain(self._live.values())
 
     def add_entry(self, entry: Entry) -> None:
-        """A plan for streams that begin from now on; replaces one with the same timesteps."""
-        self.entries = [e for e in self.entries if e.timeline.timesteps != entry.timeline.timesteps]
-        self.entries.insert(0, entry)
+        """A plan for streams that begin from now on; replaces one with the same timesteps, measured at this size."""
+        kept = [e for e in self.entries if (e.timeline.timesteps, e.size) != (entry.timeline.timesteps, entry.size)]
+        self.entries = [entry, *kept]
 
     def proceed(self, reading: Reading, mark: Marked | None) -> tuple[Stream | None, str]:
         """The stream whose next step this call is, with a reason if that is not proven."""
@@ -124,13 +130,16 @@ class Streams:
         return stream
 
     def starting(self, reading: Reading, mark: Marked | None) -> list[Entry]:
-        """The plans whose first step a call may be."""
-        return [
-            e
-            for e in self.entries
-            if e.timeline.expects(0, reading)
-            and (mark is None or mark.steps is None or len(e.timeline.timesteps) == mark.steps)
-        ]
+        """The plans whose first step a call may be; of those with the same timesteps, the one measured at its size, or
+        else the newest."""
+        size = reading.shapes[-1][1:] if reading.shapes else ()
+        found: dict[tuple[float, ...], Entry] = {}
+        for e in sorted(self.entries, key=lambda e: e.size != size):
+            if e.timeline.expects(0, reading) and (
+                mark is None or mark.steps is None or len(e.timeline.timesteps) == mark.steps
+            ):
+                found.setdefault(e.timeline.timesteps, e)
+        return [e for e in self.entries if found.get(e.timeline.timesteps) is e]
 
     def leave_behind(self, reading: Reading, mark: Marked | None) -> None:
         """Forget the streams that this call continues in another way than they expect: their next step is not its next.
@@ -139,6 +148,9 @@ class Streams:
         """
         for stream in list(self._live.values()):
             if stream.mark is not mark or not stream.entries:
+                continue
+            if mark is not None and stream.last.shapes[-1:] != reading.shapes[-1:]:
+                self.drop(stream.key)  # one generation, whose latents have another shape from now on
                 continue
             for e in stream.entries:
                 moves = e.timeline.moves
@@ -158,9 +170,14 @@ class Streams:
         for key in list(self._live)[: -MOST_STREAMS or None]:
             self.drop(key)  # abandoned long ago
         key = next(_keys)
-        cache = self.store.admit(key, num_bytes)
+        homeless = num_bytes > self.store.budget
+        cache = StreamCache() if homeless else self.store.admit(key, num_bytes)
         number = 0 if log is None else 1 + max((step.stream for step in log.steps), default=0)
-        stream = Stream(key, mark, log or self.log.begin(), number, cache, reading)
+        stream = Stream(key, mark, log or self.log.begin(), number, cache, reading, homeless=homeless)
+        if homeless:
+            stream.doubt = (
+                f"at this size one stream's caches need {num_bytes:,} bytes, but cache_budget is {self.store.budget:,}"
+            )
         self._live[key] = stream
         return stream
 

@@ -27,7 +27,11 @@ _KINDS = {
 
 
 def nothing_found(
-    model: str, graphs: Sequence[tuple[fx.GraphModule, Analysis]], breaks: Sequence[GraphBreak] = ()
+    model: str,
+    graphs: Sequence[tuple[fx.GraphModule, Analysis]],
+    breaks: Sequence[GraphBreak] = (),
+    *,
+    hooks: str = "",
 ) -> str:
     """One message: operators, heavy operators by kind, residual adds and why each was refused, what to do."""
     heavy: Counter[str] = Counter()
@@ -54,6 +58,8 @@ def nothing_found(
     if breaks:
         more = f", and {len(breaks) - 1} more" if len(breaks) > 1 else ""
         lines.append(f"Graph breaks: {breaks[0].place}{more}; the first: {breaks[0].reason} Remove them first.")
+    if hooks:
+        lines.append(hooks)
     return "\n  ".join([*lines, _ADVICE])
 
 
@@ -69,7 +75,8 @@ def _additions(gm: fx.GraphModule, analysis: Analysis) -> Counter[str]:
     """Why each addition of two tensors is no residual add, in the terms of `find_branches`."""
     sets = BitSets.of(gm.graph)
     placeholders = [node for node in sets.nodes if node.op == "placeholder"]
-    static = sum(1 << sets.index[placeholders[i]] for i in analysis.inputs.static)
+    inputs = analysis.inputs
+    static = sum(1 << sets.index[placeholders[i]] for i in (*inputs.static, *inputs.sizes))
     data = sum(1 << sets.index[node] for node in placeholders) & ~static
     heavy = sum(1 << i for i, node in enumerate(sets.nodes) if node_flops(node) and sets.ancestors[i] & data)
     adds = {name for branch in analysis.branches for name in branch.adds}

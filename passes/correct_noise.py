@@ -74,7 +74,7 @@ def _corrector(grid: Grid) -> Callable[..., Tensor]:
         noise = noise.float()
         change = coefficients[0] * noise
         if low_pass:
-            low = noise.reshape(grid.shape)
+            low = noise.unflatten(1, grid.shape[1:3]) if len(grid.shape) > noise.dim() else noise  # tokens of an image
             for axis, matrix in zip(grid.axes, low_pass, strict=True):
                 moved = low.movedim(axis, -1)
                 low = (moved.reshape(-1, moved.shape[-1]) @ matrix).reshape(moved.shape).movedim(-1, axis)

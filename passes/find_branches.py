@@ -36,6 +36,8 @@ from omnifx.flops import is_attention, is_opaque
 from omnifx.graph import (
     ANALYSIS,
     ARGUMENT,
+    PLAIN_NAME,
+    SETTING,
     SMALL,
     Analysis,
     BitSets,
@@ -51,6 +53,7 @@ from omnifx.graph import (
     output_of,
     tensors_in,
 )
+from omnifx.sizes import free_symbols, symbols_of
 
 aten = torch.ops.aten
 
@@ -114,14 +117,14 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
     Where a model returns more than one sample (video and audio), inputs shaped like the others are further latents.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    fixed = frozenset(static)
+    fixed, sizes = frozenset(static), _size_inputs(placeholders)
     outputs = [output_of(gm).args[0][i].meta["val"] for i in float_outputs(gm)]  # type: ignore[index,union-attr]
     target = max(outputs, key=numel, default=None)
     candidates: list[tuple[tuple[int, int, int, int, int], int]] = []
     others: list[int] = []
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
-        if i in fixed:
+        if i in fixed or i in sizes:
             continue
         others.append(i)
         if target is None or not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
@@ -150,8 +153,21 @@ def input_roles(gm: fx.GraphModule, static: Iterable[int]) -> Inputs:
         small=small,
         large=tuple(i for i in rest if i not in small),
         static=tuple(sorted(fixed)),
+        sizes=sizes,
+        settings=tuple(i for i in sorted(fixed) if placeholders[i].meta.get(SETTING)),
         names=tuple(node.name for node in placeholders),
+        plain_names=tuple(node.meta.get(PLAIN_NAME, "") for node in placeholders),
     )
+
+
+def _size_inputs(placeholders: list[fx.Node]) -> tuple[int, ...]:
+    """Positions of the inputs that are sizes of tensors among the inputs; other whole numbers may be timesteps."""
+    used: set[Any] = set()
+    for node in placeholders:
+        if isinstance(value := node.meta.get("val"), torch.Tensor):
+            for size in (*value.shape, *value.stride()):
+                used |= free_symbols(size)
+    return tuple(position for symbol, position in symbols_of(placeholders).items() if symbol in used)
 
 
 def _is_flat(placeholder: fx.Node) -> bool:
@@ -211,6 +227,7 @@ class _Finder:
         placeholders = [node for node in nodes if node.op == "placeholder"]
         static = {placeholders[i] for i in self.inputs.static}
         small = {placeholders[i] for i in self.inputs.small}
+        fixed = static | {placeholders[i] for i in self.inputs.sizes}
         self.data = self.sized = self.heavy = self.timed = 0
         moving = 1 << index[placeholders[self.inputs.latents]] if self.inputs.latents is not None else 0
         clocks = sum(1 << index[node] for node in small)
@@ -220,8 +237,8 @@ class _Finder:
             bit = 1 << i
             parents = [index[parent] for parent in node.all_input_nodes]
             if node.op == "placeholder":
-                self.data |= bit * (node not in static)
-                self.sized |= bit * (node not in static and node not in small)
+                self.data |= bit * (node not in fixed)
+                self.sized |= bit * (node not in fixed and node not in small)
             else:
                 self.data |= bit * any(self.data >> p & 1 for p in parents)
                 self.sized |= bit * any(self.sized >> p & 1 for p in parents)

@@ -76,7 +76,9 @@ class HoistConditions(Pass):
 
 def _own_inputs(gm: fx.GraphModule) -> int:
     """How many of the inputs are the model's own, not caches."""
-    return sum(node.op == "placeholder" for node in gm.graph.nodes) - len(gm.meta.get(EXTRA_INPUTS, ()))
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    labels: list[str] = gm.meta.get(EXTRA_INPUTS, [])
+    return len(placeholders) - len(labels)
 
 
 def _region(gm: fx.GraphModule) -> dict[fx.Node, None]:
@@ -87,7 +89,7 @@ def _region(gm: fx.GraphModule) -> dict[fx.Node, None]:
     inputs = analysis_of(gm).inputs
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     conditions = {placeholders[i] for i in inputs.small}
-    known = conditions | {placeholders[i] for i in inputs.static}
+    known = conditions | {placeholders[i] for i in (*inputs.static, *inputs.sizes)}
     varying, below = set(conditions), set()
     region: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:

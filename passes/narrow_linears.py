@@ -54,7 +54,9 @@ def _parts(node: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
         return None
     if node.kwargs or len(set(node.all_input_nodes)) != len(node.args) or not node.users:
         return None
-    width = hint(node.meta["val"].shape[1])
+    width = node.meta["val"].shape[1]
+    if not isinstance(width, int):  # which columns a part holds would be true of one size only
+        return None
     if node.target is aten.addmm.default and node.args[0].meta["val"].dim() != 1:  # type: ignore[union-attr]
         return None
     found: list[tuple[fx.Node, int, int]] = []

@@ -109,10 +109,10 @@ class _Renamed(ToyDiT):
     pass
 
 
-def test_a_profile_of_another_size_is_refused(profile: Profile) -> None:
-    other = profile.meta.model_copy(update={"latent_shape": (1, 4, 16, 16)})
+def test_a_profile_of_latents_with_other_axes_is_refused(profile: Profile) -> None:
+    other = profile.meta.model_copy(update={"latent_shape": (1, 4, 5, 8, 8)})
     refused(
-        toy(), "ProfileError", r"measured on latents \[1, 4, 16, 16\], these are \[1, 4, 8, 8\]",
+        toy(), "ProfileError", r"measured on latents \[1, 4, 5, 8, 8\], these are \[1, 4, 8, 8\]",
         profile=Profile(meta=other, grams=profile.grams, moves=profile.moves),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from omnifx.errors import ConfigError
 from omnifx.explainer import explain
 from omnifx.graph import Branch
 from omnifx.report import MatchReport
-from tests.toys import tiny_flux, toy, toy_inputs
+from tests.toys import TINY, toy, toy_inputs
 
 
 def branch(
@@ -183,7 +183,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_joint_attention_stands_between_two_trunks():
-    tiny = tiny_flux()
+    tiny = TINY["flux"]()
 
     found = explain(tiny.model, **tiny.inputs)
 

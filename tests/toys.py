@@ -109,15 +109,38 @@ class ToyDiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.head = nn.Linear(width, 4 * 4)
 
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """[1, rows * columns, width], or what broadcasts to it."""
+        return self.position
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:
         batch, _, height, width = x.shape
         angles = t[:, None].float() * torch.exp(-torch.arange(self.width // 2) * 9.2 / (self.width // 2))
         c = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(y)
-        x = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.positions(height // 2, width // 2)
         for block in self.blocks:
             x = block(x, c, text)
         x = self.head(self.norm(x)).reshape(batch, height // 2, width // 2, 2, 2, 4)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 4, height, width)
+
+
+class FreeDiT(ToyDiT):
+    """The toy for latents of any even height and width: [B, 4, H, W]; its positions are waves along both."""
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """[1, rows * columns, width]."""
+        frequencies = torch.exp(-0.3 * torch.arange(self.width // 4))
+        down = torch.arange(rows)[:, None, None] * frequencies.expand(rows, columns, -1)
+        along = torch.arange(columns)[None, :, None] * frequencies.expand(rows, columns, -1)
+        waves = torch.cat([down.sin(), down.cos(), along.sin(), along.cos()], dim=-1)
+        return waves.reshape(1, -1, self.width)
+
+
+def free_toy(num_blocks: int = 1, *, text: int = 0, seed: int = 0) -> FreeDiT:
+    """A lively toy for any size."""
+    model = lively(FreeDiT(num_blocks, text=text), seed)
+    assert isinstance(model, FreeDiT)
+    return model
 
 
 def toy(num_blocks: int = 2, *, text: int = 0, seed: int = 0) -> ToyDiT:

@@ -171,8 +171,7 @@ IMAGE = (
             "timestep": torch.full((1,), 44), "target_size": torch.full((1, 2), 8.0), "crop_coords": torch.zeros(1, 2),
             "return_dict": False,
         },
-        graphs=2, branches="1 joint_attention, 3 mlp, 1 self_attention", dependence="5 latent", left=0.111,
-        in_full="Graph break: prior tokens are dropped by a mask.",
+        branches="1 joint_attention, 3 mlp, 1 self_attention", dependence="5 latent", left=0.069,
         note="The last block's text output is not used: its feed-forward is no branch.",
     ),
     Entry(
@@ -285,7 +284,7 @@ IMAGE = (
             "return_dict": False,
         },
         graphs=4, branches="4 mlp, 4 self_attention", dependence="2 invariant, 6 latent", left=0.028,
-        in_full="Graph breaks: text lengths are read as Python numbers.",
+        note="Graph breaks: text lengths are read as Python numbers.",
     ),
     Entry(
         name="NucleusMoEImageTransformer2DModel",
@@ -315,7 +314,7 @@ IMAGE = (
             "position_ids": torch.arange(41).repeat(2, 1), "return_dict": False,
         },
         graphs=4, branches="3 mlp, 3 self_attention", dependence="6 latent", left=0.023,
-        in_full="Graph break: the code branches on tensor values.",
+        note="Graph break: the code branches on tensor values.",
     ),
     Entry(
         name="OvisImageTransformer2DModel",
@@ -425,9 +424,9 @@ IMAGE = (
             "encoder_hidden_states_2": noise(1, 4, 8, seed=2),
             "encoder_attention_mask_2": torch.tensor([[1, 1, 1, 0]]), "return_dict": False,
         },
-        graphs=10, branches="2 joint_attention, 5 mlp, 2 parallel, 1 self_attention", dependence="10 latent",
+        graphs=9, branches="2 joint_attention, 5 mlp, 2 parallel, 1 self_attention", dependence="10 latent",
         left=0.815,
-        in_full="Graph breaks: text tokens are picked by a mask.",
+        note="Graph breaks: text tokens are picked by a mask.",
     ),
     Entry(
         name="Flux3Transformer2DModel",
@@ -485,8 +484,8 @@ IMAGE = (
             "timestep": torch.full((1,), 0.5), "img_shapes": [[(1, 4, 4)]],
             "img_mask": torch.tensor([[False] * 6 + [True] * 4]), "return_dict": False,
         },
-        graphs=7, branches="2 mlp, 2 self_attention", dependence="4 latent", left=0.085,
-        in_full="Graph breaks: token counts are read as Python numbers.",
+        graphs=9, branches="2 mlp, 2 self_attention", dependence="4 latent", left=0.085,
+        note="Graph breaks: token counts are read as Python numbers.",
     ),
     Entry(
         name="BriaFibo2Transformer2DModel",

@@ -102,7 +102,7 @@ HEAD = """\
 `torch.compile(model, backend="omnicache")` with torch {torch} on a CPU, in float32. No model has an adapter: the
 branches are found in the graph. `make zoo` measures the table again.
 
-- **graphs**: what Dynamo captures the model as; more than one means graph breaks.
+- **graphs**: what Dynamo captures the model as; more than one means graph breaks, and each graph reuses its own part.
 - **branches**: residual branches by kind, over all graphs. *not cached* counts those among them that are left alone.
 - **depend on**: the latents (reuse is an approximation), the timestep, or neither (reuse within a generation is exact).
   What may be a timestep counts as one.
