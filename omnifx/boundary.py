@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,9 @@ class Boundary:
             return inner(*args, **kwargs)
         except WholeError as error:
             self._keep_nothing_whole(str(error))
+            self.enter(args, kwargs, unseen=True)  # this call is the new conductor's first one
+            if self.underway.conductor is not None:
+                self.underway.conductor.missed_start = True
         except Exception:  # noqa: BLE001 - if the model is at fault, the same comes again
             if self.capturing != "whole" or self.bypassed:
                 raise
@@ -156,12 +159,11 @@ class Boundary:
 
     def note_codes(self, code: CodeType) -> None:
         """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""
-        self._codes[id(code)] = code
-        frame = sys._getframe(1)
-        while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
-            if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
-                self._codes[id(frame.f_code)] = frame.f_code
-            frame = frame.f_back  # type: ignore[assignment]
+        self._codes.update(codes_around(code))
+
+    def compiled_any_of(self, codes: Set[int]) -> bool:
+        """Whether Dynamo compiled one of these codes, by identity, for this model."""
+        return not codes.isdisjoint(self._codes)
 
     def _capture_anew(self) -> None:
         """Let Dynamo forget the model's code if another way to capture it is to be tried."""
@@ -247,6 +249,17 @@ class Boundary:
         if call is not None and conductor is not None and output is not None:
             with conductor.lock:
                 conductor.end_step(call, _largest(output))
+
+
+def codes_around(code: CodeType) -> dict[int, CodeType]:
+    """What Dynamo compiles now, and what called that within the compiled module, by identity."""
+    codes = {id(code): code}
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
+        if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
+            codes[id(frame.f_code)] = frame.f_code
+        frame = frame.f_back  # type: ignore[assignment]
+    return codes
 
 
 def compiled_call() -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[str, Any]] | None:

@@ -106,7 +106,7 @@ class Whole:
         flops: Of one call, as seen.
         numel: Elements of that call's output.
         original: The module's `forward`, as it was on the instance; None: that of its class.
-        forward: What takes its place while a compiled model is called.
+        forward: What takes its place while the compiled model is called.
     """
 
     module: weakref.ref[nn.Module]
@@ -142,6 +142,7 @@ class Wholes:
         self._num_looks = 0
         self._unseen: set[nn.Module] = set()
         self._given_up = False
+        self._aside: dict[nn.Module, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {}
 
     # -- the calls that look -------------------------------------------------------------------------------------------
 
@@ -167,13 +168,14 @@ class Wholes:
         return bool(unseen) and changed and self._num_looks < MAX_LOOKS
 
     def give_up(self) -> None:
-        """Keep no module whole from now on."""
+        """Keep no module whole from now on: those that were run between the graphs, uncompiled."""
         self._given_up = True
         while self._num_users:
             self.leave()
         self._restore(self._observed)
         self._observed.clear()
         self._nests.clear()
+        self._aside = {module: (whole.original, _aside(whole)) for module, whole in self.found.items()}
         self.found.clear()
 
     # -- the compiled calls --------------------------------------------------------------------------------------------
@@ -182,19 +184,28 @@ class Wholes:
         """A compiled call begins: from here on Dynamo sees operators."""
         self._num_users += 1
         if self._num_users == 1:
-            for module, whole in self.found.items():
-                module.__dict__["forward"] = whole.forward
+            for module, (_, forward) in self._stand_ins().items():
+                module.__dict__["forward"] = forward
 
     def leave(self) -> None:
         """A compiled call is over."""
         if self._num_users:
             self._num_users -= 1
             if not self._num_users:
-                self._restore({module: whole.original for module, whole in self.found.items()})
+                self._restore({module: original for module, (original, _) in self._stand_ins().items()})
+
+    def paths(self) -> dict[str, str]:
+        """Where the modules are, from the model's root on, and their classes."""
+        named = self._model.named_modules()
+        return {path: type(module).__name__ for path, module in named if module in self.found}
 
     def codes(self) -> list[CodeType]:
         """What Dynamo may have compiled of these modules when it saw more of them than an operator."""
         return [code for cls in {type(module) for module in self.found} for code in _codes_of(cls)]
+
+    def _stand_ins(self) -> dict[nn.Module, tuple[Callable[..., Any] | None, Callable[..., Any]]]:
+        """For each module its own `forward`, if the instance has one, and what takes its place."""
+        return self._aside or {module: (whole.original, whole.forward) for module, whole in self.found.items()}
 
     # -- details -------------------------------------------------------------------------------------------------------
 
@@ -318,6 +329,15 @@ def _registered(
 
     whole = _WHOLES[handle] = Whole(reference, handle, like, flops, elements, original, forward)
     return whole
+
+
+def _aside(whole: Whole) -> Callable[..., Any]:
+    """A module's `forward` that Dynamo leaves alone: pieces of it would be graphs in which nothing can be reused."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return whole.run(args, kwargs)
+
+    return torch.compiler.disable(forward, reason="omnifx cannot keep this module whole")
 
 
 @torch.library.custom_op("omnifx::whole", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -13,6 +13,7 @@ import omnifx
 from omnifx.errors import OmnifxWarning
 from omnifx.session import Session, find_session
 from omnifx.whole import Wholes
+from tests.test_breaks import BrokenDiT, Masked
 from tests.toys import EAGER, Mlp, Pattern, Reference, ToyDiT, generate, letters_of, lively, noise, sampling
 
 STEPS = 7
@@ -191,6 +192,40 @@ def test_a_module_whose_output_changes_its_shape_later_is_captured_in_parts(monk
     assert torch.allclose(images[0], generate(model, seed=2, steps=STEPS), atol=2e-5)
 
 
+class Faltering(Experts):
+    """Gives one token less once it is told to; Dynamo breaks at its `tolist`."""
+
+    short = False
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y = super().forward(x, scale)
+        return y[:, :1] if self.short else y
+
+
+@pytest.mark.parametrize("experts", [Fickle, Faltering])
+def test_what_can_be_reused_in_parts_is_reused_after_the_next_generation(
+    experts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively(Routed(2, experts))
+    fast = compiled(model)
+    attentions = ("blocks.0.attn", "blocks.1.attn")
+    for seed in (0, 1):
+        generate(fast, seed=seed, steps=STEPS)
+    monkeypatch.setattr(experts, "short", True)
+
+    with pytest.warns(OmnifxWarning, match="captured in parts from now on"):
+        images = [generate(fast, seed=seed, steps=STEPS) for seed in (2, 3, 4)]
+
+    logs = omnifx.stats(fast).generations
+    assert letters_of(logs[-1]) == PLAN
+    for image, seed, letters in zip(images, (2, 3, 4), (FULL, letters_of(logs[-2]), PLAN), strict=True):
+        expected = generate(Reference(model, letters, attentions), seed=seed, steps=STEPS)
+        assert torch.allclose(image, expected, atol=2e-5), seed
+    x, t, y = noise(3, 4, 8, 8), torch.full((3,), 500.0), torch.arange(3)
+    with torch.no_grad():
+        assert torch.allclose(fast(x, t, y), model(x, t, y), atol=2e-5)
+
+
 class Counting(Branching):
     """Keeps what it was given."""
 
@@ -284,3 +319,65 @@ def test_another_batch_size_is_captured_too() -> None:
 
         assert torch.allclose(image, model(x, t, y), atol=1e-5)
     assert len(kept_by(fast).found) == 2
+
+
+# -- explain -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_is_explained_as_it_is_captured_when_it_runs(device: str) -> None:
+    model = lively(Routed())
+    fast = compiled(model)
+    generate(fast, seed=0, steps=STEPS)
+    ran = session_of(fast).report()
+    torch._dynamo.reset()
+    given = [value.to(device) for value in (noise(1, 4, 8, 8), torch.full((1,), 500.0), torch.tensor([3]))]
+
+    found = omnifx.explain(Routed().to(device), *given)
+
+    assert found.branches == ran.branches
+    assert (found.graphs, found.flops, found.reuse_flops) == (1, ran.flops, ran.reuse_flops)
+    assert found.kept_whole == ran.kept_whole == {"blocks.0.mlp": "Experts", "blocks.1.mlp": "Experts"}
+    assert not found.breaks
+    (stop,) = found.avoided
+    assert "tolist" in stop.source
+    assert "kept whole, as one operator each: blocks.*.mlp (2 Experts)" in str(found)
+    page = found.to_html()
+    assert "<code>blocks.<wbr>*.<wbr>mlp</code>" in page
+    assert stop.place in page.replace("<wbr>", "")
+
+
+def test_sizes_are_captured_where_that_makes_a_model_one_graph() -> None:
+    text = noise(1, 5, 16, seed=7)
+
+    found = omnifx.explain(
+        lively(Masked(2, text=16)), noise(1, 4, 8, 8), torch.full((1,), 500.0), torch.tensor([3]), text
+    )
+
+    assert found.graphs == 1
+    assert [stop.source for stop in found.avoided] == ["kept = torch.nonzero(text[0, :, 0] > -1e9).shape[0]"]
+    assert "capture_dynamic_output_shape_ops" in str(found)
+
+
+def test_a_model_that_is_explained_while_it_runs_is_reused_again_afterwards() -> None:
+    model = lively(BrokenDiT((0, 1)))
+    fast = compiled(model)
+    for seed in (0, 1):
+        generate(fast, seed=seed, steps=STEPS)
+
+    found = omnifx.explain(model, noise(1, 4, 8, 8), torch.full((1,), 500.0), torch.tensor([3]))
+    images = [generate(fast, seed=seed, steps=STEPS) for seed in (2, 3)]
+
+    assert found.graphs > 1
+    assert letters_of(omnifx.stats(fast).generations[-1]) == PLAN
+    expected = generate(Reference(model, PLAN), seed=3, steps=STEPS)
+    assert torch.allclose(images[1], expected, atol=2e-5)
+
+
+def test_the_users_model_stays_as_it_was_when_it_is_explained() -> None:
+    model = lively(Routed())
+    attributes = [sorted(module.__dict__) for module in list(model.modules())[1:]]
+
+    omnifx.explain(model, noise(1, 4, 8, 8), torch.full((1,), 500.0), torch.tensor([3]))
+
+    assert [sorted(module.__dict__) for module in list(model.modules())[1:]] == attributes
