@@ -86,6 +86,7 @@ class Boundary:
         make_conductor: A conductor for the roles and the example inputs of a new kind of call.
         underway: Where the step is noted.
         start_over: Forgets all graphs, and tells the user why.
+        tell: Tells the user.
     """
 
     def __init__(
@@ -94,10 +95,12 @@ class Boundary:
         make_conductor: Callable[[Inputs, Tensor | None], Conductor],
         underway: Underway,
         start_over: Callable[[str], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.model = model
         self.wholes = Wholes(model)
         self._start_over = start_over
+        self._tell = tell
         self.make_conductor = make_conductor
         self.underway = underway
         self.watch = WeightWatch(())
@@ -138,12 +141,16 @@ class Boundary:
             self.enter(args, kwargs, unseen=True)  # this call is the new conductor's first one
             if self.underway.conductor is not None:
                 self.underway.conductor.missed_start = True
-        except Exception:  # noqa: BLE001 - if the model is at fault, the same comes again
+            return self.model._call_impl(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - if the model is at fault, the same comes again
             if self.capturing != "whole" or self.bypassed:
                 raise
             self.capturing = "failed"
             self._end_capture()
-        return self.model._call_impl(*args, **kwargs)
+            output = self.model._call_impl(*args, **kwargs)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._tell(f"{type(self.model).__name__} is captured in parts: with {' and '.join(CAPTURE)}, a call failed ({reason})")
+            return output
 
     def _keep_nothing_whole(self, reason: str) -> None:
         """Capture the model in parts from the next call on."""

@@ -102,19 +102,27 @@ def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _T
 def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
     """Capture a call as `omnifx.boundary` would have it: of a broken model keep modules whole, and capture sizes that
     depend on values where that makes it one graph."""
-    in_parts = _capture_call(model, args, kwargs, computes=computes)
+    on_meta, failure = any(parameter.is_meta for parameter in model.parameters()), None
+    in_parts = _Taken()
+    try:
+        _capture_call(in_parts, model, args, kwargs, computes=computes)
+    except Exception as error:
+        if on_meta or not in_parts.breaks:
+            raise
+        failure = error  # perhaps of what Dynamo makes of the pieces, which are not captured where it is kept whole
     if not in_parts.broken:
         return in_parts
-    wholes = _looked_at(model, args, kwargs, computes=computes)
+    wholes = _looked_at(model, args, kwargs, hollow=not computes and not on_meta)
     try:
         for settings in (dict.fromkeys(CAPTURE, True), {}):
             if not settings and not wholes.found:
                 break  # that is how it was captured
             forget_captures((*in_parts.codes.values(), *wholes.codes()))
+            taken = _Taken(wholes=wholes)
             try:
                 wholes.enter()
                 with dynamo_config.patch(**settings) if settings else contextlib.nullcontext():
-                    taken = _capture_call(model, args, kwargs, computes=computes)
+                    _capture_call(taken, model, args, kwargs, computes=computes)
             except Exception:
                 if not settings:
                     raise
@@ -124,20 +132,20 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             if taken.broken and settings:
                 continue
             left = {stop.place for stop in taken.breaks}
-            taken.wholes = wholes
             taken.avoided = tuple(stop for stop in in_parts.breaks if stop.place not in left)
             if settings:
                 taken.notes = (f"it is captured with Dynamo's settings {' and '.join(settings)}, as it is when it runs",)
             return taken
+        if failure is not None:
+            raise failure
         return in_parts
     finally:
         forget_captures((*in_parts.codes.values(), *wholes.codes()))
 
 
-def _looked_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> Wholes:
+def _looked_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, hollow: bool) -> Wholes:
     """The modules to keep whole, from a few uncompiled calls."""
     wholes, again = Wholes(model), True
-    hollow = not computes and not any(parameter.is_meta for parameter in model.parameters())
     while again:
         wholes.look()
         try:
@@ -148,8 +156,9 @@ def _looked_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return wholes
 
 
-def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
-    taken = _Taken()
+def _capture_call(
+    taken: _Taken, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool
+) -> None:
     own_path = {id(module): path for path, module in model.named_modules()}
     full_name = {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -187,10 +196,9 @@ def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _quiet_dynamo(),
         watch_breaks() as breaks,
     ):
+        taken.breaks = breaks  # filled at the end
         warnings.simplefilter("ignore")
         torch.compile(model, backend=backend, dynamic=None if computes else False)(*args, **kwargs)
-    taken.breaks = breaks
-    return taken
 
 
 def _blank(graph: fx.GraphModule) -> Callable[..., Any]:

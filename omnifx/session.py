@@ -190,7 +190,7 @@ class Session:
                 inactive=reason,
             )
 
-        self.boundary = Boundary(model, make_conductor, self.underway, self.start_over)
+        self.boundary = Boundary(model, make_conductor, self.underway, self.start_over, self.tell)
         self.boundary.install(owner)
         with unset_fake_temporarily():
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
