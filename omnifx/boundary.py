@@ -134,6 +134,7 @@ class Boundary:
 
     def _run(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of the compiled module; uncompiled if it fails for nothing but how it was captured."""
+        attempt = self.capturing == "whole" and not self.bypassed  # Dynamo may know better before it fails
         try:
             return inner(*args, **kwargs)
         except WholeError as error:
@@ -143,13 +144,14 @@ class Boundary:
                 self.underway.conductor.missed_start = True
             return self.model._call_impl(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - if the model is at fault, the same comes again
-            if self.capturing != "whole" or self.bypassed:
+            if not attempt or self.bypassed:
                 raise
             self.capturing = "failed"
             self._end_capture()
             output = self.model._call_impl(*args, **kwargs)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._tell(f"{type(self.model).__name__} is captured in parts: with {' and '.join(CAPTURE)}, a call failed ({reason})")
+            name, settings = type(self.model).__name__, " and ".join(CAPTURE)
+            self._tell(f"{name} is captured in parts from now on: with {settings}, a call failed ({reason})")
             return output
 
     def _keep_nothing_whole(self, reason: str) -> None:
