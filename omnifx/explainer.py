@@ -18,6 +18,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
+from torch.utils._pytree import tree_leaves
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.boundary import CAPTURE, codes_around
@@ -112,7 +113,7 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         failure = error  # perhaps of what Dynamo makes of the pieces, which are not captured where it is kept whole
     if not in_parts.broken:
         return in_parts
-    wholes = _looked_at(model, args, kwargs, hollow=not computes and not on_meta)
+    wholes = _looked_at(model, args, kwargs, computes=computes)
     try:
         for settings in (dict.fromkeys(CAPTURE, True), {}):
             if not settings and not wholes.found:
@@ -143,14 +144,14 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         forget_captures((*in_parts.codes.values(), *wholes.codes()))
 
 
-def _looked_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, hollow: bool) -> Wholes:
+def _looked_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> Wholes:
     """The modules to keep whole, from a few uncompiled calls."""
     wholes, again = Wholes(model), True
     while again:
         wholes.look()
         try:
-            with torch.no_grad(), Hollowing() if hollow else contextlib.nullcontext():
-                model(*args, **kwargs)
+            with torch.no_grad():
+                _ = model(*args, **kwargs) if computes else _hollowly(model, *args, **kwargs)
         finally:
             again = wholes.end_look()
     return wholes
@@ -204,12 +205,12 @@ def _capture_call(
 def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
     """A function with the graph's outputs, of which only sizes and the like are computed: the rest is zero.
 
-    Where a shape is known only by computing, the graph itself.
+    Where a shape is known only by computing, the graph itself, without what is large.
     """
     outputs: list[Any] = list(output_of(graph).args[0])  # type: ignore[arg-type]
     values = [node.meta["val"] if isinstance(node, fx.Node) else node for node in outputs]
     if any(isinstance(size, torch.SymInt) for v in values for size in (v.shape if isinstance(v, Tensor) else (v,))):
-        return graph.forward
+        return lambda *inputs: _hollowly(graph.forward, *inputs)
     sets = BitSets.of(graph.graph)
     large = sum(1 << i for i, node in enumerate(sets.nodes) if node_flops(node) or numel(node.meta.get("val")) > SMALL)
     easy = [
@@ -230,6 +231,13 @@ def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
         return [computed.get(i, value) for i, value in enumerate(blanks)]
 
     return blank
+
+
+def _hollowly(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call in which nothing large is computed, be it of hollow tensors or of those on the meta device."""
+    on_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
+    with contextlib.nullcontext() if on_meta else Hollowing():
+        return run(*args, **kwargs)
 
 
 def _made(value: Tensor) -> Tensor:
