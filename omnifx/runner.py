@@ -315,7 +315,11 @@ class Runner:
             copies = not self.program.lowering.owns_outputs
             key = (*job.small, *((float(number),) for _, number in job.sizes.values))
             values, missed = table.read(
-                key, args, version=job.weights[0], strides=lambda name: variant.strides_of(name, job.sizes), copies=copies
+                key,
+                args,
+                version=job.weights[0],
+                strides=lambda name: variant.strides_of(name, job.sizes),
+                copies=copies,
             )
         job.computed += conditions.flops * missed
         return values
