@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
-from omnifx.boundary import CAPTURE, compiled_call
+from omnifx.boundary import CAPTURE, Boundary, compiled_call
 from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
@@ -42,6 +42,8 @@ def omnicache(
         session.watch_boundary()
         if session.boundary is not None and session.boundary.capturing in ("to be tried again", "failed"):
             session.boundary.note_codes(_translator().f_code)
+            if session.boundary.capturing == "to be tried again":
+                return _looking(gm, session.boundary)
             return gm  # this one call runs as it is
     elif model is not None and (argument := _model_argument(model)):
         _guard_identity(argument)  # not for parts of a model, which its blocks may share
@@ -97,6 +99,17 @@ def _compile_program(
     for spec in runner.specs_ahead():
         program.variant(spec)
     return runner
+
+
+def _looking(gm: fx.GraphModule, boundary: Boundary) -> Callable[..., Any]:
+    """Run a graph as it is; what comes behind it may be a module with a break. Modules must stay as they are until
+    Dynamo has checked its guards."""
+
+    def run(*args: Any) -> Any:
+        boundary.wholes.look()
+        return gm(*args)
+
+    return run
 
 
 def _guard_identity(argument: str) -> None:

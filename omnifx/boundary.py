@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,11 @@ from torch._dynamo.utils import orig_code_map
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
+from omnifx.errors import WholeError
 from omnifx.flops import numel
 from omnifx.graph import SMALL, Inputs
 from omnifx.weights import HABIT, WeightWatch, plain
+from omnifx.whole import Wholes
 
 if TYPE_CHECKING:
     from omnifx.conductor import Call, Conductor
@@ -42,6 +44,7 @@ class Underway(threading.local):
     call: Call | None = None
     conductor: Conductor | None = None
     captures_sizes: bool = False
+    keeps_whole: bool = False
 
 
 class _SharedPatch:
@@ -76,18 +79,29 @@ class Boundary:
 
     Before the parts of a broken model are taken for granted, its second call is captured anew, with the settings
     `CAPTURE` on for this model's calls. Where that makes it one graph, it stays so; else the third call is captured as
-    the first one was, in parts.
+    the first one was, in parts. Submodules that the breaks lie in are looked at in the first call, or the first few,
+    and are operators to Dynamo from then on (see `omnifx.whole`).
 
     Args:
         model: The module as it was before compilation.
         make_conductor: A conductor for the roles and the example inputs of a new kind of call.
         underway: Where the step is noted.
+        start_over: Forgets all graphs, and tells the user why.
+        tell: Tells the user.
     """
 
     def __init__(
-        self, model: nn.Module, make_conductor: Callable[[Inputs, Tensor | None], Conductor], underway: Underway
+        self,
+        model: nn.Module,
+        make_conductor: Callable[[Inputs, Tensor | None], Conductor],
+        underway: Underway,
+        start_over: Callable[[str], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.model = model
+        self.wholes = Wholes(model)
+        self._start_over = start_over
+        self._tell = tell
         self.make_conductor = make_conductor
         self.underway = underway
         self.watch = WeightWatch(())
@@ -96,7 +110,8 @@ class Boundary:
         self._unseen: tuple[Call, Conductor] | None = None  # a call whose end no hook reports
         self._codes: dict[int, CodeType] = {}  # what Dynamo saw of the model, by identity
         self.bypassed = False  # the model is one graph after all, and has a conductor that reads its inputs
-        self.capturing = "plainly" if all(getattr(config, name) for name in CAPTURE) else "to be tried again"
+        self.capturing = "to be tried again"
+        self._captures_sizes_anyway = all(getattr(config, name) for name in CAPTURE)
 
     def install(self, owner: nn.Module) -> None:
         """See every later call of `owner`, the compiled module, outside of what Dynamo traces."""
@@ -119,37 +134,70 @@ class Boundary:
             owner._compiled_call_impl = call
 
     def _run(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of the compiled module; uncompiled if Dynamo fails on the sizes that it was told to capture."""
-        if self.capturing != "whole" or self.bypassed:
-            return inner(*args, **kwargs)
+        """A call of the compiled module; uncompiled if it fails for nothing but how it was captured."""
+        attempt = self.capturing == "whole" and not self.bypassed  # Dynamo may know better before it fails
         try:
             return inner(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - if the model is at fault, the same comes again
+        except WholeError as error:
+            self._keep_nothing_whole(str(error))
+            self.enter(args, kwargs, unseen=True)  # this call is the new conductor's first one
+            if self.underway.conductor is not None:
+                self.underway.conductor.missed_start = True
+            return self.model._call_impl(*args, **kwargs)
+        except Exception as error:
+            if not attempt or self.bypassed:
+                raise
             self.capturing = "failed"
             self._end_capture()
-            return self.model(*args, **kwargs)
+            output = self.model._call_impl(*args, **kwargs)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            name, settings = type(self.model).__name__, " and ".join(CAPTURE)
+            self._tell(f"{name} is captured in parts from now on: with {settings}, a call failed ({reason})")
+            return output
+
+    def _keep_nothing_whole(self, reason: str) -> None:
+        """Capture the model in parts from the next call on."""
+        self._end_capture()
+        for code in self.wholes.codes():
+            self._codes[id(code)] = code
+        self.wholes.give_up()
+        self.underway.call = self.underway.conductor = None
+        self.bypassed = False
+        self.capturing = "failed"
+        self._kinds.clear()
+        self._start_over(reason)
 
     def note_codes(self, code: CodeType) -> None:
         """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""
-        self._codes[id(code)] = code
-        frame = sys._getframe(1)
-        while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
-            if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
-                caller = orig_code_map.get(frame.f_code, frame.f_code)  # what runs is what Dynamo made of it
-                self._codes[id(caller)] = caller
-            frame = frame.f_back  # type: ignore[assignment]
+        self._codes.update(codes_around(code))
+
+    def compiled_any_of(self, codes: Set[int]) -> bool:
+        """Whether Dynamo compiled one of these codes, by identity, for this model."""
+        return not codes.isdisjoint(self._codes)
 
     def _capture_anew(self) -> None:
         """Let Dynamo forget the model's code if another way to capture it is to be tried."""
         if self.capturing in ("to be tried again", "failed"):
-            self.capturing = "whole" if self.capturing == "to be tried again" else "plainly"
-            for code in self._codes.values():
+            again = self.capturing == "to be tried again"
+            if again and self.wholes.end_look():
+                self.wholes.look()
+            elif again and (self.wholes.found or not self._captures_sizes_anyway):
+                self.capturing = "whole"
+            else:
+                self.capturing = "plainly"
+            for code in (*self._codes.values(), *self.wholes.codes()):
                 reset_code(code)
         if self.capturing == "whole" and not self.underway.captures_sizes:
             self.underway.captures_sizes = True
             _SIZES.enter()
+        if self.capturing != "to be tried again" and not self.underway.keeps_whole:
+            self.underway.keeps_whole = True
+            self.wholes.enter()
 
     def _end_capture(self) -> None:
+        if self.underway.keeps_whole:
+            self.underway.keeps_whole = False
+            self.wholes.leave()
         if self.underway.captures_sizes:
             self.underway.captures_sizes = False
             _SIZES.exit()
@@ -211,6 +259,18 @@ class Boundary:
         if call is not None and conductor is not None and output is not None:
             with conductor.lock:
                 conductor.end_step(call, _largest(output))
+
+
+def codes_around(code: CodeType) -> dict[int, CodeType]:
+    """What Dynamo compiles now, and what called that within the compiled module, by identity."""
+    codes = {id(code): code}
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
+        if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
+            caller = orig_code_map.get(frame.f_code, frame.f_code)  # what runs is what Dynamo made of it
+            codes[id(caller)] = caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return codes
 
 
 def compiled_call() -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[str, Any]] | None:

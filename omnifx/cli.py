@@ -34,7 +34,7 @@ from omnifx.example_inputs import build_model, example_inputs
 from omnifx.plan import REUSE, Plan
 from omnifx.policy import policies as known_policies
 from omnifx.profile import Profile
-from omnifx.report import MatchReport
+from omnifx.report import MatchReport, unnumbered
 
 
 class Commands(TyperGroup):
@@ -257,7 +257,7 @@ def folded(report: MatchReport) -> str:
     groups: dict[tuple[str, str, int, int, str], list[str]] = {}
     for branch in report.branches:
         size = branch.cache_bytes if branch.cacheable else -1
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", branch.name)
+        pattern = unnumbered(branch.name)
         groups.setdefault((pattern, branch.kind, branch.flops, size, branch.reason), []).append(branch.name)
     width = max([len(key[0]) for key in groups] + [6])
     lines = [

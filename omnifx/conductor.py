@@ -299,10 +299,20 @@ class Conductor:
                     self.log.forget(stream.log)
             self._recorded.clear()
 
+    def close(self) -> None:
+        """Nothing comes after: another conductor takes over, and learns anew."""
+        with self.lock:
+            self._recorded.clear()
+            for stream in list(self.streams):
+                self.streams.drop(stream.key)
+                if not stream.log.steps:
+                    self.log.forget(stream.log)
+
     def forget_parts(self) -> None:
         """The graphs of this model will be captured anew."""
         self.parts.clear()
         self._by_call.clear()
+        self._sealed = False
 
     def part_of(self, call: Call, program: Program, *, sizes: Sizes) -> Part | None:
         """The part that a graph call of this step is; None if the first step did not have it.

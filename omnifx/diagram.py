@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from omnifx.graph import Branch
-from omnifx.report import MatchReport, bytes_text
+from omnifx.report import MatchReport, bytes_text, unnumbered
 
 WIDTH = 352
 HEADER = 40  # height above the branches of a block: its name
@@ -193,7 +193,7 @@ def patterns_of(branches: Sequence[Branch]) -> list[tuple[str, int, Branch]]:
     counts: Counter[tuple[object, ...]] = Counter()
     first: dict[tuple[object, ...], Branch] = {}
     for b in branches:
-        name = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", b.name)
+        name = unnumbered(b.name)
         key = (name, b.kind, b.flops, b.cache_bytes, b.cacheable, b.reason)
         counts[key] += 1
         first.setdefault(key, b)

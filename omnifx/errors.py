@@ -29,5 +29,9 @@ class CacheError(OmnifxError, RuntimeError):
     """The caches would break their budget, or were asked for values they do not hold."""
 
 
+class WholeError(OmnifxError, RuntimeError):
+    """A module that was kept whole in a graph gave something else than what was seen of it."""
+
+
 class OmnifxWarning(UserWarning):
     """Something the user should know: the result is right, but less was reused than asked for."""

@@ -9,31 +9,37 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
+from torch.utils._pytree import tree_leaves
 
 from omnifx.backends.eager import EagerLowering
+from omnifx.boundary import CAPTURE, codes_around
 from omnifx.breaks import GraphBreak, watch_breaks
 from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.errors import MatchError
 from omnifx.graph import SMALL, BitSets, clone, node_flops, numel, output_of
-from omnifx.hollow import hollow_arguments, hollow_like, hollow_model
+from omnifx.hollow import Hollowing, hollow_arguments, hollow_like, hollow_model
 from omnifx.program import Program
 from omnifx.report import MatchReport
-from omnifx.session import report_of
+from omnifx.session import forget_captures, report_of
 from omnifx.unmatched import nothing_found
+from omnifx.whole import Wholes
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> MatchReport:
     """What omnifx finds in `model` when it is called with these arguments.
 
-    The model is captured as ``torch.compile`` captures it. A real model is called once, operator by operator; of one
-    on the meta device nothing is computed, whatever its size. Where such a model asks for values between its graphs,
-    all of them are zero.
+    The model is captured as ``torch.compile(model, backend="omnicache")`` captures it. A real model is called, operator
+    by operator: once, or a few times if its graph is broken. Of one on the meta device nothing is computed, whatever
+    its size. Where such a model asks for values between its graphs, all of them are zero.
 
     Args:
         model: Any module, compiled or not.
@@ -51,7 +57,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> MatchReport:
     report = report_of(
         type(model).__name__, taken.programs, taken.names, entries=taken.entries, breaks=tuple(taken.breaks)
     )
-    return replace(report, notes=(*report.notes, *taken.notes))
+    return replace(
+        report,
+        notes=(*report.notes, *taken.notes),
+        kept_whole=taken.wholes.paths() if taken.wholes is not None else {},
+        avoided=taken.avoided,
+    )
 
 
 @dataclass
@@ -64,28 +75,99 @@ class _Taken:
     """Which program ran, in order, and the path of the module it ran for."""
     breaks: list[GraphBreak] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    codes: dict[int, CodeType] = field(default_factory=dict)
+    """What Dynamo compiled, by identity."""
+    wholes: Wholes | None = None
+    avoided: tuple[GraphBreak, ...] = ()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the call is more than one graph."""
+        return bool(self.breaks) or len(self.programs) > 1
 
 
 def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Taken:
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     if not on_meta:
-        return _capture_call(model, args, kwargs, computes=True)
+        return _capture_as_run(model, args, kwargs, computes=True)
     try:
-        return _capture_call(model, args, kwargs, computes=False)
+        return _capture_as_run(model, args, kwargs, computes=False)
     except Exception:  # noqa: BLE001 - whatever the model wanted of its values, the meta device has none
         torch._dynamo.reset()
-        taken = _capture_call(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
-    taken.notes = ("the model asks for values of its tensors, which the meta device has not: they were taken as zero",)
+        taken = _capture_as_run(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
+    said = "the model asks for values of its tensors, which the meta device has not: they were taken as zero"
+    taken.notes = (*taken.notes, said)
     return taken
 
 
-def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
-    taken = _Taken()
+def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
+    """Capture a call as `omnifx.boundary` would have it: of a broken model keep modules whole, and capture sizes that
+    depend on values where that makes it one graph."""
+    on_meta, failure = any(parameter.is_meta for parameter in model.parameters()), None
+    in_parts = _Taken()
+    try:
+        _capture_call(in_parts, model, args, kwargs, computes=computes)
+    except Exception as error:
+        if on_meta or not in_parts.breaks:
+            raise
+        failure = error  # perhaps of what Dynamo makes of the pieces, which are not captured where it is kept whole
+    if not in_parts.broken:
+        return in_parts
+    wholes = _looked_at(model, args, kwargs, computes=computes)
+    try:
+        for settings in (dict.fromkeys(CAPTURE, True), {}):
+            if not settings and not wholes.found:
+                break  # that is how it was captured
+            forget_captures((*in_parts.codes.values(), *wholes.codes()))
+            taken = _Taken(wholes=wholes)
+            try:
+                wholes.enter()
+                with dynamo_config.patch(**settings) if settings else contextlib.nullcontext():
+                    _capture_call(taken, model, args, kwargs, computes=computes)
+            except Exception:
+                if not settings:
+                    raise
+                continue  # so does a compiled model that cannot be captured with them
+            finally:
+                wholes.leave()
+            if taken.broken and settings:
+                continue
+            left = {stop.place for stop in taken.breaks}
+            taken.avoided = tuple(stop for stop in in_parts.breaks if stop.place not in left)
+            if settings:
+                taken.notes = (
+                    f"it is captured with Dynamo's settings {' and '.join(settings)}, as it is when it runs",
+                )
+            return taken
+        if failure is not None:
+            raise failure
+        return in_parts
+    finally:
+        forget_captures((*in_parts.codes.values(), *wholes.codes()))
+
+
+def _looked_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> Wholes:
+    """The modules to keep whole, from a few uncompiled calls."""
+    wholes, again = Wholes(model), True
+    while again:
+        wholes.look()
+        try:
+            with torch.no_grad():
+                _ = model(*args, **kwargs) if computes else _hollowly(model, *args, **kwargs)
+        finally:
+            again = wholes.end_look()
+    return wholes
+
+
+def _capture_call(
+    taken: _Taken, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool
+) -> None:
     own_path = {id(module): path for path, module in model.named_modules()}
     full_name = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         state, names = state_inputs(gm)
+        taken.codes.update(codes_around(InstructionTranslator.current_tx().f_code))
         taken.names[:] = [names[i] for i in origins_of(example_inputs)]
         first = len(taken.programs)
         path = own_path.get(id(root_module()), "")
@@ -117,21 +199,20 @@ def _capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _quiet_dynamo(),
         watch_breaks() as breaks,
     ):
+        taken.breaks = breaks  # filled at the end
         warnings.simplefilter("ignore")
         torch.compile(model, backend=backend, dynamic=None if computes else False)(*args, **kwargs)
-    taken.breaks = breaks
-    return taken
 
 
 def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
     """A function with the graph's outputs, of which only sizes and the like are computed: the rest is zero.
 
-    Where a shape is known only by computing, the graph itself.
+    Where a shape is known only by computing, the graph itself, without what is large.
     """
     outputs: list[Any] = list(output_of(graph).args[0])  # type: ignore[arg-type]
     values = [node.meta["val"] if isinstance(node, fx.Node) else node for node in outputs]
     if any(isinstance(size, torch.SymInt) for v in values for size in (v.shape if isinstance(v, Tensor) else (v,))):
-        return graph.forward
+        return lambda *inputs: _hollowly(graph.forward, *inputs)
     sets = BitSets.of(graph.graph)
     large = sum(1 << i for i, node in enumerate(sets.nodes) if node_flops(node) or numel(node.meta.get("val")) > SMALL)
     easy = [
@@ -152,6 +233,13 @@ def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
         return [computed.get(i, value) for i, value in enumerate(blanks)]
 
     return blank
+
+
+def _hollowly(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call in which nothing large is computed, be it of hollow tensors or of those on the meta device."""
+    on_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
+    with contextlib.nullcontext() if on_meta else Hollowing():
+        return run(*args, **kwargs)
 
 
 def _made(value: Tensor) -> Tensor:

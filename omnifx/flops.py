@@ -8,6 +8,7 @@ outside torch is opaque: it counts as heavy, so that no analysis ever looks thro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -18,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 LIGHT_NAMESPACES = frozenset({"aten", "prims", "prim", "inductor", "_operator", "math", "profiler", "torchvision"})
 
+
+OPAQUE_FLOPS: dict[object, Callable[[fx.Node], int]] = {}
+"""Opaque operators of which somebody knows the cost."""
 
 UNBACKED = 64
 """What an unbacked size (how many tokens a mask keeps, say) counts as: only running the graph would tell."""
@@ -78,7 +82,7 @@ def node_flops(node: fx.Node) -> int:
     if name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_triton_multi_head_attention"):
         return _layer(node)
     if target.namespace not in LIGHT_NAMESPACES:
-        return _opaque(node)
+        return OPAQUE_FLOPS.get(target, _opaque)(node)
     if target._can_decompose() and target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
         return _by_decomposition(node)
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,8 @@ class MatchReport:
         breaks: Where and why the model fell apart into several graphs.
         entries: How often one call enters a graph; equal modules of a broken model share theirs.
         samples: Samples in that call; 0 if unknown.
+        kept_whole: Modules that would break the graph and are one operator each instead: paths, and their classes.
+        avoided: Graph breaks that plain torch.compile has, and the model as omnifx captures it has not.
     """
 
     model: str
@@ -38,11 +42,19 @@ class MatchReport:
     breaks: tuple[GraphBreak, ...] = ()
     entries: int = 1
     samples: int = 0
+    kept_whole: dict[str, str] = field(default_factory=dict)
+    avoided: tuple[GraphBreak, ...] = ()
 
     @property
     def cacheable(self) -> tuple[Branch, ...]:
         """The branches that may be reused."""
         return tuple(branch for branch in self.branches if branch.cacheable)
+
+    @property
+    def kept_places(self) -> list[tuple[str, str, int]]:
+        """The modules that are kept whole: place, class and count; those that differ in numbers only are one place."""
+        found = Counter((unnumbered(path), cls) for path, cls in self.kept_whole.items())
+        return [(place, cls, count) for (place, cls), count in found.items()]
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -57,6 +69,8 @@ class MatchReport:
             "inputs": self.inputs,
             "notes": list(self.notes),
             "breaks": [asdict(stop) for stop in self.breaks],
+            "avoided": [asdict(stop) for stop in self.avoided],
+            "kept_whole": self.kept_whole,
             "branches": [
                 {
                     "name": b.name,
@@ -109,7 +123,14 @@ class MatchReport:
         )
         lines += [f"input {name}: {role}" for name, role in self.inputs.items()]
         lines += [str(stop) for stop in self.breaks]
+        lines += [f"kept whole, as one operator each: {place} ({n} {cls})" for place, cls, n in self.kept_places]
+        lines += [f"avoided: {stop}" for stop in self.avoided]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def unnumbered(name: str) -> str:
+    """A dotted name with a star for each number in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
 
 
 def bytes_text(count: int) -> str:

@@ -14,15 +14,17 @@ import uuid
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import diffusers
 import platformdirs
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.boundary import Boundary, Underway, compiled_call
@@ -189,7 +191,7 @@ class Session:
                 inactive=reason,
             )
 
-        self.boundary = Boundary(model, make_conductor, self.underway)
+        self.boundary = Boundary(model, make_conductor, self.underway, self.start_over, self.tell)
         self.boundary.install(owner)
         with unset_fake_temporarily():
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
@@ -208,6 +210,14 @@ class Session:
         self.conductors[:] = [conductor for conductor in self.conductors if conductor.broken]
         for conductor in self.conductors:
             conductor.forget_parts()
+
+    def start_over(self, reason: str) -> None:
+        """The model is to be captured anew, and to be measured again."""
+        self.tell(f"{self.model_name} is captured in parts from now on: {reason}")
+        for conductor in self.conductors:
+            conductor.close()
+        self.conductors.clear()
+        self.runners.clear()
 
     def _break_reason(self) -> str:
         breaks = known_breaks()
@@ -391,7 +401,8 @@ class Session:
         programs = [runner.program for runner in self.runners]
         broken = next((c for c in reversed(self.conductors) if c.broken and c.parts), None)
         entries = [(programs.index(part.program), "") for part in broken.parts] if broken is not None else None
-        return report_of(self.model_name, programs, self.names, entries=entries)
+        found = report_of(self.model_name, programs, self.names, entries=entries)
+        return replace(found, kept_whole=self.boundary.wholes.paths()) if self.boundary is not None else found
 
     def finish(self) -> None:
         """Learn from recordings that no later generation ended."""
@@ -529,6 +540,17 @@ def session_for(model: nn.Module | None, raw_options: dict[str, Any] | None, ten
             ):
                 return session
         return Session(Options.parse(raw_options), raw_options, model)
+
+
+def forget_captures(codes: Collection[CodeType]) -> None:
+    """Let Dynamo forget what it compiled of these codes, and the sessions of broken models that ran it."""
+    forgotten = set(map(id, codes))
+    for code in codes:
+        reset_code(code)
+    for session in list(_SESSIONS):
+        boundary = session.boundary
+        if boundary is not None and not boundary.bypassed and boundary.compiled_any_of(forgotten):
+            session.forget_programs()
 
 
 def stats(compiled: object) -> Stats:

@@ -143,6 +143,7 @@ def test_whatever_comes_from_a_model_is_escaped():
     stop = GraphBreak(reason=EVIL, file=EVIL, line=3, source=EVIL)
     bad = replace(branch(f"blocks.0.{EVIL}", EVIL, reason=EVIL), module_path=EVIL)
     found = report(bad, model=EVIL, inputs={EVIL: EVIL}, notes=(EVIL,), breaks=(stop,), graphs=2)
+    found = replace(found, avoided=(stop,), kept_whole={EVIL: EVIL})
 
     page = found.to_html()
 
@@ -162,7 +163,20 @@ def test_refused_branches_and_breaks_are_told_with_their_reasons():
     assert "changes with the step" in page.text
     assert "pkg/moe.py:7" in page.text
     assert "3 captures stopped here" in page.text
-    assert "nothing is reused" in page.text
+    assert "falls apart into 4 graphs" in page.text
+
+
+def test_modules_that_are_kept_whole_are_told_with_the_breaks_in_them():
+    stop = GraphBreak(reason="Dynamic shape operator.", file="pkg/moe.py", line=7, source="x.bincount()")
+    kept = {f"blocks.{i}.ff": "Experts" for i in range(3)}
+    found = report(branch("blocks.0.ff"), kept_whole=kept, avoided=(stop,))
+
+    page = Elements(found.to_html())
+
+    assert "None: the whole step is one graph." in page.text
+    assert "x.bincount()" in page.text
+    assert " ".join(page.text.split()).count("blocks.*.ff Experts 3") == 1 or "blocks.*.ffExperts3" in page.text
+    assert "kept whole, as one operator each: blocks.*.ff (3 Experts)" in str(found)
 
 
 def test_a_page_is_small_even_for_many_blocks():
