@@ -25,7 +25,7 @@ def with_trunks(gm: fx.GraphModule, branches: Sequence[Branch]) -> tuple[Branch,
     for node in gm.graph.nodes:
         if node.name not in ends:
             continue
-        reached = _walk(_trunk_operands(node, ends[node.name]), ends)
+        reached = _walk(trunk_operands(node, ends[node.name]), ends)
         names = {ancestor.name for ancestor in reached}
         trunks = sorted(trunk for trunk, end in last.items() if end in names)
         for joined in trunks[1:]:
@@ -49,7 +49,7 @@ def with_trunks(gm: fx.GraphModule, branches: Sequence[Branch]) -> tuple[Branch,
     return tuple(replace(branch, trunks=tuple(trunk_of.get(name, 0) for name in branch.adds)) for branch in branches)
 
 
-def _trunk_operands(add: fx.Node, ends: Collection[str]) -> list[fx.Node]:
+def trunk_operands(add: fx.Node, ends: Collection[str]) -> list[fx.Node]:
     """The operands of a residual add that do not come out of its branch."""
     operands = add.all_input_nodes
     free = [operand for operand in operands if all(node.name not in ends for node in _walk([operand], ends))]
