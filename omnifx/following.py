@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omnifx.clock import Marked, Reading
@@ -50,6 +50,8 @@ class Followed:
     """Why this step has to compute everything; empty if it has not."""
     signal: Any = None
     """[signals, B]: measured at the last computed step's end, and not read yet."""
+    measured: list[dict[str, float]] = field(default_factory=list)
+    """The signals of its steps, while the policy learns from them."""
     weights: int = -1
     """Version of the weights that its cached values were computed with."""
     window: int = 0

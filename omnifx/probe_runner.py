@@ -5,6 +5,7 @@ Nothing here is traced, and no graph is compiled after the first call: Dynamo se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,9 @@ class ProbeRunner(Runner):
         inactive: str = "",
     ) -> None:
         super().__init__(program, policy=policy, log=log, conductor=None, underway=Underway(), inactive=inactive)
-        self.decider = policy
+        self.original = self.decider = policy
+        self.policy_learns = policy.learns
+        self._learned_from = 0
         self.steps = steps
         self.store = store
         self.mark = mark
@@ -69,7 +72,7 @@ class ProbeRunner(Runner):
         self._device = next((v.device for v in program.inputs if isinstance(v, Tensor)), torch.device("cpu"))
         if not inactive:
             try:
-                self.stages = Stages(program, policy.probe(program.gm, trunk_of(program.gm)))
+                self.stages = Stages(program, policy.probe(program.gm, trunk_of(program.gm, frame_axis=program.frame_axis)))
             except (PassError, ConfigError) as error:
                 self._inactive = f"policy {policy.name!r} cannot work here, so nothing is reused: {error}"
                 self.tell(self._inactive)
@@ -94,6 +97,7 @@ class ProbeRunner(Runner):
     def end_marked(self, mark: Marked) -> None:
         """A marked generation is over: free its caches."""
         with self._lock:
+            self._learn([stream for stream in self.streams if stream.mark is mark])
             self.streams.drop_marked(mark)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -121,13 +125,14 @@ class ProbeRunner(Runner):
             stream, must = self._stream(reading, stages, sizes)
             known = self._known(stream, stages, sizes)
         spent, made = 0, dict[str, Tensor]()
-        signal, stream.signal = stream.signal, None
+        late, stream.signal = stream.signal, None
+        signal = late if stages.head is None else None
         if stages.head is not None:
             head = stages.head.run([*args, *(known[label] for label in stages.head.extra_inputs)])
             made = self._strided(stages.head, head, sizes)
             signal = made.pop("signal")
             spent += stages.head.flops
-        decision = self._decide(stream, signal, must)
+        decision = self._decide(stream, signal, late, must)
         stage = stages.full if decision.computes else stages.reuse
         values = known | _fed(made)
         outputs = self._parted(stage, [*values.values()], stage.run(stages.feed(stage, args, values)))
@@ -143,6 +148,7 @@ class ProbeRunner(Runner):
             stream.state = decision.state
             self._note(stream, stage.label, decision, must, spent + stage.flops)
             if stream.step + 1 == self._total():
+                self._learn([stream])
                 self.streams.drop(stream.key)
         return given
 
@@ -154,6 +160,7 @@ class ProbeRunner(Runner):
             self.streams.drop(stream.key)
             stream = None
         if stream is None:
+            self._learn(list(self.streams))
             stream = self.streams.begin(reading, mark, self.decider.start(), num_bytes=stages.num_bytes(sizes))
             return stream, FIRST
         self.store.touch(stream.key)
@@ -187,17 +194,50 @@ class ProbeRunner(Runner):
                 found.setdefault(label + OLDER, found[label])
         return found
 
-    def _decide(self, stream: Followed, signal: Tensor | None, must: str) -> Decision[Any]:
-        names = self.stages.probe.signals if self.stages is not None else ()
+    def _decide(self, stream: Followed, signal: Tensor | None, late: Tensor | None, must: str) -> Decision[Any]:
+        """What a step does.
+
+        Args:
+            stream: Its stream.
+            signal: [signals, B]: what the decision rests on; None if nothing was measured.
+            late: [signals, B]: what the last computed step measured at its end for the policy to learn from.
+            must: Why it has to compute; empty if it has not.
+        """
+        assert self.stages is not None  # else there are no stages to decide on
+        probe, learns = self.stages.probe, self.decider.learns
+        names = (*probe.signals, *(probe.finish_signals if learns and self.stages.head is not None else ()))
+        if len(names) > len(probe.signals) and signal is not None:
+            unknown = signal.new_full((len(probe.finish_signals), signal.shape[1]), math.inf)
+            signal = torch.cat([signal, unknown if late is None else late])
         signals, forced = agreed(
             signal, count=len(names), must=bool(must), device=self._device, alone=not self.decider.ranks_agree
         )
         if forced and not must:
             must = "another rank has to compute"
-        decision = self.decider.decide(stream.state, signals, Step(stream.step, self._total(), must))
+        read = {} if must == FIRST else dict(zip(names, signals, strict=False))
+        if learns:
+            must = must or LEARNING
+            if stream.measured:
+                stream.measured[-1] |= {name: read[name] for name in probe.finish_signals if name in read}
+            stream.measured.append({name: read[name] for name in probe.signals if name in read})
+        decision = self.decider.decide(
+            stream.state, signals[: len(probe.signals)], Step(stream.step, self._total(), must)
+        )
         assert decision.computes or not must, f"{self.decider.name} skips a step that has to be computed"
-        read = dict(zip(names, signals, strict=True)) if signals else {}
         return replace(decision, why=must or decision.why, shown={**read, **decision.shown})
+
+    def _learn(self, streams: Sequence[Followed]) -> None:
+        """Let the policy learn from the stream that measured most, if it measured more than any before it."""
+        if not self.policy_learns:
+            return
+        best = max(streams, key=lambda stream: len(stream.measured), default=None)
+        if best is None or len(best.measured) <= max(self._learned_from, FEWEST_STEPS - 1):
+            return
+        found, said = self.original.learned(best.measured)
+        if said:
+            self._learned_from = len(best.measured)
+            self.decider = found
+            self.log.note(said)
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -269,6 +309,9 @@ class ProbeRunner(Runner):
 
 
 FIRST = "the first step"
+LEARNING = "measured: the policy learns from this generation"
+FEWEST_STEPS = 4
+"""Steps of a generation from which a policy learns anything."""
 
 
 def _fed(made: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,6 +58,8 @@ class Trunk:
     """The trunk after each block."""
     attentions: tuple[tuple[str, str], ...]
     """For each self- or joint attention on the trunk, its module's path and the node that it adds to the trunk."""
+    frame_axis: int | None = None
+    """Which axis of the latents counts frames; None for images."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Probe:
         window: How many computed steps are remembered.
         ends: Nodes that `finish` reads, as `reads`.
         finish: As `measure`, traced into the variant that computes everything.
+        finish_signals: Names of the signals that `finish` returns; without a head they are `signals`.
         finish_keeps: What `finish` returns to be kept.
     """
 
@@ -120,6 +123,7 @@ class Probe:
     window: int = 1
     ends: tuple[tuple[str, str], ...] = ()
     finish: Callable[[Values, Values], Measured] | None = None
+    finish_signals: tuple[str, ...] = ()
     finish_keeps: tuple[Keep, ...] = ()
 
     @property
@@ -149,8 +153,8 @@ def change(new: Tensor, old: Tensor, latents: Tensor) -> Tensor:
 # -- the trunk of a graph ----------------------------------------------------------------------------------------------
 
 
-def trunk_of(gm: fx.GraphModule) -> Trunk:
-    """Find the latents' trunk and its blocks.
+def trunk_of(gm: fx.GraphModule, *, frame_axis: int | None = None) -> Trunk:
+    """Find the latents' trunk and its blocks; `frame_axis` is passed on.
 
     Raises: PassError if the graph has no latents or no residual adds on their trunk.
     """
@@ -177,6 +181,7 @@ def trunk_of(gm: fx.GraphModule) -> Trunk:
         blocks=tuple(block for block, _ in blocks),
         ends=tuple(node.name for _, node in blocks),
         attentions=tuple(attentions),
+        frame_axis=frame_axis,
     )
 
 

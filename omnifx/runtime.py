@@ -96,9 +96,19 @@ class RuntimePolicy(Policy, Generic[S]):
             step: Which step it is; with `Step.must`, the answer has to be yes.
         """
 
-    def for_model(self, model: str, profile: Profile | None) -> tuple[RuntimePolicy[S], str]:
-        """This policy with what is published or was measured for a model's class, and a sentence on it for the user
-        (empty if there is nothing to say)."""
+    def for_model(self, model: str) -> tuple[RuntimePolicy[S], str]:
+        """This policy with what is published for a model's class, and a sentence on it for the user (empty: nothing to
+        say)."""
+        return self, ""
+
+    @property
+    def learns(self) -> bool:
+        """Whether a generation has to be measured, computed in full, before anything is skipped."""
+        return False
+
+    def learned(self, measured: Sequence[dict[str, float]]) -> tuple[RuntimePolicy[S], str]:
+        """This policy with what the signals of a generation's steps taught it, and a sentence on it for the user; the
+        same policy if they were too few."""
         return self, ""
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:

@@ -138,10 +138,10 @@ class Session:
                 "which needs the step as one graph; nothing is reused. Mend the graph breaks (omnifx.explain lists "
                 "them), or use a policy that plans ahead"
             )
-        policy, said = policy.for_model(self.model_name, profile)
+        policy, said = policy.for_model(self.model_name)
         steps = self.options.steps or (profile.num_steps if profile is not None else None)
         if said:
-            self.tell(said)
+            self.log.note(said)
         if steps is None and policy.uses_steps:
             self.log.note(
                 f"{policy.name}: the number of steps is not known, so {policy.uses_steps}; give it as the option "

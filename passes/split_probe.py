@@ -142,7 +142,7 @@ class ResumeTail(Pass):
             fed = insert_input(gm, f"carry_{name}", label=f"carry:{name}", like=node.meta["val"])
             node.replace_all_uses_with(fed)
         Eliminate().call(gm)
-        return bool(self.carried)
+        return True
 
     def ensures(self, gm: fx.GraphModule) -> None:
         alive = [n.name for n in gm.graph.nodes if n.name in self.head and n.op == "call_function"]
@@ -165,7 +165,7 @@ class WriteResiduals(Pass):
             append_output(gm, delta, label=f"delta:{i}")
         if self.probe.finish is not None:
             signal, kept = _measure(gm, self.probe, head=False, before=end)
-            if not self.probe.reads:
+            if self.probe.finish_signals:
                 append_output(gm, signal, label="signal")
             for keep, value in zip(self.probe.finish_keeps, kept, strict=True):
                 append_output(gm, value, label=f"probe:{keep.name}")
@@ -202,7 +202,7 @@ class RestoreSpan(Pass):
             for user in users:
                 user.replace_input_with(end, value)
         Eliminate().call(gm)
-        return bool(probe.span)
+        return True
 
     def ensures(self, gm: fx.GraphModule) -> None:
         nodes = nodes_by_name(gm)
@@ -244,7 +244,7 @@ def _measure(gm: fx.GraphModule, probe: Probe, *, head: bool, before: fx.Node) -
         (keep.name, insert_input(gm, _plain(keep.name), label=f"probe:{keep.name}", like=_like(gm, keep)))
         for keep in probe.all_keeps
     ]
-    signals = probe.signals if head or not probe.reads else ()
+    signals = probe.signals if head else probe.finish_signals
     returned = set(output_of(gm).args[0])  # type: ignore[arg-type]
     others = [n.op == "placeholder" or n in returned or _made_again(n) for n in (*(n for _, n in reads), *(n for _, n in old))]
 
