@@ -47,7 +47,7 @@ class Followed:
     upwards: bool | None = None
     """Whether the first of them grows; None until the second step."""
     doubt: str = ""
-    """Why this step has to compute everything; empty if it has not."""
+    """Why all of its further steps have to compute everything; empty if they have not."""
     signal: Any = None
     """[signals, B]: measured at the last computed step's end, and not read yet."""
     measured: list[dict[str, float]] = field(default_factory=list)
@@ -97,11 +97,11 @@ class Following:
         fitting.sort(key=lambda found: found[:2])
         count, move, stream, changed = fitting[0]
         rivals = [other for other in fitting[1:] if other[0] == count]
-        doubt = ""
-        if rivals and not move * 4 < rivals[0][1]:
-            doubt = "two generations with equal inputs fit this call; mark them with omnifx.generation(...)"
-        if not reading.finite:
-            doubt = "the latents hold NaN or infinity"
+        for _, other, rival, _ in rivals:
+            if not move * 4 < other:  # either may be the one, now and from now on
+                why = "two generations with equal inputs fit this call; mark them with omnifx.generation(...)"
+                stream.doubt = rival.doubt = why
+        doubt = stream.doubt if reading.finite else "the latents hold NaN or infinity"
         if stream.changing is None and changed:
             first = min(changed)
             stream.upwards = _mean(reading.small[first]) > _mean(stream.last.small[first])
@@ -151,14 +151,12 @@ class Following:
         upwards = _mean(reading.small[first]) > _mean(last.small[first])
         if stream.upwards is not None and upwards != stream.upwards:
             return None
-        same = all(
-            i in self.moving or reading.large[i].same(known) for i, known in enumerate(last.large)
-        )
+        same = all(i in self.moving or reading.large[i].same(known) for i, known in enumerate(last.large))
         return changed if same else None
 
     def _is_over(self, stream: Followed, reading: Reading, mark: Marked | None) -> bool:
-        """Whether a first step shows that a stream has ended: it begins again where that has begun to end, with the same
-        inputs but for the timestep, which runs the other way."""
+        """Whether a first step shows that a stream has ended: it has the same inputs but for the timestep, which runs
+        the other way."""
         if stream.mark is not mark or stream.changing is None or stream.last.shapes != reading.shapes:
             return False
         changed = {i for i, (a, b) in enumerate(zip(stream.last.small, reading.small, strict=True)) if a != b}

@@ -72,7 +72,9 @@ class ProbeRunner(Runner):
         self._device = next((v.device for v in program.inputs if isinstance(v, Tensor)), torch.device("cpu"))
         if not inactive:
             try:
-                self.stages = Stages(program, policy.probe(program.gm, trunk_of(program.gm, frame_axis=program.frame_axis)))
+                self.stages = Stages(
+                    program, policy.probe(program.gm, trunk_of(program.gm, frame_axis=program.frame_axis))
+                )
             except (PassError, ConfigError) as error:
                 self._inactive = f"policy {policy.name!r} cannot work here, so nothing is reused: {error}"
                 self.tell(self._inactive)
@@ -123,19 +125,22 @@ class ProbeRunner(Runner):
             weights = self.watch.version
             sizes = self.program.sizes.at(args)
             stream, must = self._stream(reading, stages, sizes)
-            known = self._known(stream, stages, sizes)
+            known = self._known(stream, stages)
         spent, made = 0, dict[str, Tensor]()
         late, stream.signal = stream.signal, None
         signal = late if stages.head is None else None
         if stages.head is not None:
-            head = stages.head.run([*args, *(known[label] for label in stages.head.extra_inputs)])
+            head = self._run_stage(stages, stages.head, args, known, sizes)
             made = self._strided(stages.head, head, sizes)
             signal = made.pop("signal")
             spent += stages.head.flops
         decision = self._decide(stream, signal, late, must)
         stage = stages.full if decision.computes else stages.reuse
         values = known | _fed(made)
-        outputs = self._parted(stage, [*values.values()], stage.run(stages.feed(stage, args, values)))
+        del known
+        if decision.computes:
+            self._release(stream, stages, values)
+        outputs = self._parted(stage, [*values.values()], self._run_stage(stages, stage, args, values, sizes))
         given = outputs[: self.program.num_outputs]
         if decision.computes:
             left = self._strided(stage, outputs[self.program.num_outputs :], sizes)
@@ -183,16 +188,35 @@ class ProbeRunner(Runner):
         mark = self.mark()
         return mark.steps if mark is not None and mark.steps is not None else self.steps
 
-    def _known(self, stream: Followed, stages: Stages, sizes: Sizes) -> dict[str, Tensor]:
-        """What the stream kept, by label; zeros for what it has not, and the last computed step's values for what an
-        older one would have left."""
+    def _known(self, stream: Followed, stages: Stages) -> dict[str, Tensor]:
+        """What the stream kept, by label, with the last computed step's values for what an older one would have
+        left."""
         found = dict(stream.cache.cuts)
-        for label, (fake, every) in stages.kept.items():
-            if label not in found:
-                found[label] = zeros_like(fake, sizes)
-            if not every and stages.probe.window > 1:
-                found.setdefault(label + OLDER, found[label])
+        if stages.probe.window > 1:
+            for label, (_, every) in stages.kept.items():
+                if not every and label in found:
+                    found.setdefault(label + OLDER, found[label])
         return found
+
+    def _run_stage(
+        self, stages: Stages, stage: Stage, args: list[Any], values: Mapping[str, Tensor], sizes: Sizes
+    ) -> Sequence[Any]:
+        """Run a stage; what was never kept is zeros, whose signals nobody reads."""
+        missing = {
+            label: zeros_like(fake, sizes)
+            for label, fake in zip(stage.extra_inputs, stage.extra_values, strict=True)
+            if label not in values and not label.startswith("condition:")
+        }
+        return stage.run(stages.feed(stage, args, {**missing, **values}))
+
+    def _release(self, stream: Followed, stages: Stages, values: dict[str, Tensor]) -> None:
+        """Before all is computed, free what that replaces: a stream never holds two sets of cuts or residuals."""
+        ending = OLDER if stages.probe.window > 1 else ""
+        for label in [v for v in values if v.startswith(("cut:", "delta:")) and v.endswith(ending)]:
+            del values[label]
+            stream.cache.cuts.pop(label, None)
+        if not ending:
+            stream.window = 0  # until the new ones are there
 
     def _decide(self, stream: Followed, signal: Tensor | None, late: Tensor | None, must: str) -> Decision[Any]:
         """What a step does.
@@ -257,9 +281,9 @@ class ProbeRunner(Runner):
         """The outputs, none of which shares memory with what is kept: the caller may write to it."""
         count = self.program.num_outputs
         taken = set(map(memory_of, (*held, *outputs[count:])))
-        return [
-            v.clone() if isinstance(v, Tensor) and memory_of(v) in taken else v for v in outputs[:count]
-        ] + list(outputs[count:])
+        return [v.clone() if isinstance(v, Tensor) and memory_of(v) in taken else v for v in outputs[:count]] + list(
+            outputs[count:]
+        )
 
     def _keep(self, stream: Followed, stages: Stages, made: Mapping[str, Tensor], weights: int | None) -> None:
         """Hand a step's values to its stream, unless its cache was evicted meanwhile; `weights` is None unless all was
@@ -287,7 +311,7 @@ class ProbeRunner(Runner):
             return
         stage.checked.add(sizes)
         own = {**made, **{label + OLDER: value for label, value in made.items()}, **_fed(made)}
-        again = stage.run(stages.feed(stage, args, own))
+        again = self._run_stage(stages, stage, args, own, sizes)
         for i in self.program.noisy:
             true, got = given[i].float(), again[i].float()
             error = float((got - true).norm() / true.norm().clamp_min(1e-30))

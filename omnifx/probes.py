@@ -135,14 +135,13 @@ class Probe:
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-def per_sample(value: Tensor, latents: Tensor) -> Tensor:
-    """[B, n], float32: the elements of each sample, where the first axis may hold samples and frames."""
-    return value.float().reshape(latents.shape[0], -1)
-
-
 def size_of(value: Tensor, latents: Tensor) -> Tensor:
-    """[B], float32: the mean absolute value over each sample's elements."""
-    return per_sample(value, latents).abs().mean(1)
+    """[B], float32: the mean absolute value over each sample's elements, where the first axis holds samples, or samples
+    and their frames."""
+    sizes = value.float().abs()
+    if hint(value.shape[0]) == hint(latents.shape[0]):  # no reshape: sizes may be symbolic
+        return sizes.mean(tuple(range(1, value.dim())))
+    return sizes.reshape(latents.shape[0], -1).mean(1)
 
 
 def change(new: Tensor, old: Tensor, latents: Tensor) -> Tensor:
@@ -294,10 +293,13 @@ def _starts(gm: fx.GraphModule, adds: Sequence[_Add], skipped: Sequence[_Add]) -
     """The values of the trunks where the skipped adds begin."""
     inside = {add.node for add in skipped}
     starts: list[fx.Node] = []
-    for trunk in sorted({add.trunk for add in skipped}):
-        first = next(add for add in skipped if add.trunk == trunk)
+    for trunk in sorted({add.trunk for add in adds}):
+        first = next((add for add in skipped if add.trunk == trunk), skipped[0])
         before = [add.node for add in adds[: adds.index(first)] if add.trunk == trunk and add.node not in inside]
-        starts.append(before[-1] if before else _operand(gm, first))
+        if before:
+            starts.append(before[-1])  # also of a trunk that only joins another one in the skipped blocks
+        elif first.trunk == trunk:
+            starts.append(_operand(gm, first))
     return starts
 
 
@@ -400,7 +402,8 @@ def _moved(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
             return hint(value)
         return arg
 
-    return node.target(*fx.node.map_aggregate(node.args, real), **node.kwargs)  # type: ignore[operator]
+    target = aten.reshape.default if packet in (aten.view, aten._unsafe_view) else node.target
+    return target(*fx.node.map_aggregate(node.args, real), **node.kwargs)  # type: ignore[operator]
 
 
 def _corresponding(end: fx.Node, places: Mapping[fx.Node, set[fx.Node]]) -> list[Pair] | None:
@@ -450,12 +453,17 @@ def _main_output(gm: fx.GraphModule, latents: fx.Node) -> tuple[str, int]:
     alike = [
         node
         for node in outputs
-        if node.meta["val"].dim() == value.dim()  # type: ignore[union-attr]
-        and all(hint(a) == hint(b) for i, (a, b) in enumerate(zip(node.meta["val"].shape, value.shape, strict=True)) if i != 1)  # type: ignore[union-attr]  # noqa: E501
+        if _is_sample(node.meta["val"], value)  # type: ignore[union-attr]
     ]
     if not alike:
         return "", len(outputs)
     return max(alike, key=lambda node: num_bytes(node.meta["val"])).name, len(outputs) - 1  # type: ignore[union-attr]
+
+
+def _is_sample(value: Tensor, latents: Tensor) -> bool:
+    """Whether an output has the shape of the latents, but perhaps other channels on the axis behind the batch."""
+    shape, other = (list(map(hint, tensor.shape)) for tensor in (value, latents))
+    return shape == other or (len(shape) == len(other) > 3 and shape[:1] + shape[2:] == other[:1] + other[2:])
 
 
 __all__ = [
@@ -470,7 +478,6 @@ __all__ = [
     "add_residual",
     "block_of",
     "change",
-    "per_sample",
     "size_of",
     "span_of",
     "subtract_start",

@@ -70,7 +70,9 @@ class RuntimePolicy(Policy, Generic[S]):
     """
 
     needs_profile: ClassVar[bool] = False
-    ranks_agree: bool = True  # whether the ranks of torch.distributed decide together; False if each runs its own prompts
+    ranks_agree: bool = (
+        True  # whether the ranks of torch.distributed decide together; False if each runs its own prompts
+    )
     uses_steps: ClassVar[str] = ""
     """What becomes of its rules where the number of steps is not known, as the rest of a sentence; empty: nothing."""
 

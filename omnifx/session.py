@@ -124,9 +124,7 @@ class Session:
             self.tell(reason)
         return runner
 
-    def _add_probe_runner(
-        self, program: Program, weights_hash: str, store: CacheStore, *, broken: bool
-    ) -> Runner:
+    def _add_probe_runner(self, program: Program, weights_hash: str, store: CacheStore, *, broken: bool) -> Runner:
         """A runner for a policy that decides at run time; it needs no conductor, as there is no plan to follow."""
         policy = self.policy
         assert isinstance(policy, RuntimePolicy)  # the caller asked

@@ -119,7 +119,8 @@ class Stages:
     @property
     def compiled(self) -> list[Stage]:
         """The stages that were compiled so far."""
-        made = (self.__dict__.get(name) for name in ("head", "full", "reuse"))
+        names = ("head", "full", "reuse") if self.probe.span else ("full",)  # else it is a variant of the whole graph
+        made = (self.__dict__.get(name) for name in names)
         return [stage for stage in made if stage is not None]
 
     def _check_like(self) -> None:

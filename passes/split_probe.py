@@ -137,8 +137,8 @@ class ResumeTail(Pass):
 
     def call(self, gm: fx.GraphModule) -> bool:
         nodes = nodes_by_name(gm)
-        for name in self.carried:
-            node = nodes[name]
+        for node in [nodes[name] for name in self.carried if name in nodes]:  # others fed the skipped span alone
+            name = node.name
             fed = insert_input(gm, f"carry_{name}", label=f"carry:{name}", like=node.meta["val"])
             node.replace_all_uses_with(fed)
         Eliminate().call(gm)
@@ -246,7 +246,9 @@ def _measure(gm: fx.GraphModule, probe: Probe, *, head: bool, before: fx.Node) -
     ]
     signals = probe.signals if head else probe.finish_signals
     returned = set(output_of(gm).args[0])  # type: ignore[arg-type]
-    others = [n.op == "placeholder" or n in returned or _made_again(n) for n in (*(n for _, n in reads), *(n for _, n in old))]
+    others = [
+        n.op == "placeholder" or n in returned or _made_again(n) for n in (*(n for _, n in reads), *(n for _, n in old))
+    ]
 
     def measured(*values: Tensor) -> list[Tensor]:
         given: Values = dict(zip((role for role, _ in reads), values, strict=False))

@@ -108,9 +108,9 @@ def test_abandoned_streams_are_forgotten() -> None:
     streams = following()
     old = begin(streams, reading(9, 0.0))
     streams.proceed(reading(8, 0.1), None)
-    for k in range(40):
-        label = 10 + k // 4
-        call = reading(9 - k % 4, 0.1 * (k % 4), label=label)
+    for k in range(72):
+        label = 10 + k // 12
+        call = reading(20 - k % 12, 0.1 * (k % 12), label=label)
         if streams.proceed(call, None)[0] is None:
             begin(streams, call)
 

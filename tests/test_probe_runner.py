@@ -1,4 +1,4 @@
-"""The runner of run-time policies: which calls belong together, what makes a step compute, and what the user is told."""
+"""The runner of run-time policies: which calls belong together, what makes a step compute, what users are told."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ number of steps is not known MoReg acts at every step.
 Cost: nothing of the model is computed for the signal; all cuts and one further trunk are kept.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -54,8 +55,8 @@ def motion(value: Tensor, latents: Tensor, axis: int, *, temporal: bool) -> Tens
 
 @dataclass(frozen=True)
 class AdaState:
-    """How many steps are still to be reused, how many there were from one computed step to the next, the last m, and how
-    many steps of the stream were computed."""
+    """How many steps are still to be reused, how many lay between the last computed ones, the last m, and how many steps
+    of the stream were computed."""
 
     left: int = 0
     rate: int = 1
@@ -78,7 +79,9 @@ class AdaCache(RuntimePolicy[AdaState]):
 
     def __post_init__(self) -> None:
         if isinstance(self.codebook, str) and self.codebook not in CODEBOOKS:
-            raise ConfigError(f"{self.name}: codebook must be one of {list(CODEBOOKS)} or pairs, got {self.codebook!r}.")
+            raise ConfigError(
+                f"{self.name}: codebook must be one of {list(CODEBOOKS)} or pairs, got {self.codebook!r}."
+            )
         book = self.book
         for bound, rate in book:
             check_number(self.name, "codebook's bounds", bound, 0.0)
@@ -149,7 +152,7 @@ class AdaCache(RuntimePolicy[AdaState]):
                 moving = (signals[1] / MOTION) ** POWER
             distance *= moving + abs(GRADIENT * (moving - state.motion) / state.rate)
             shown["regularised"] = moving
-        rate = next((rate for bound, rate in self.book if distance < bound), self.book[-1][1])
-        shown["distance"], shown["rate"] = distance, float(rate)
+        known = math.isfinite(distance)
+        rate = next((rate for bound, rate in self.book if distance < bound), self.book[-1][1]) if known else 1
+        shown["distance"], shown["rate"] = distance if known else math.inf, float(rate)
         return AdaState(rate - 1, rate, moving, state.computed), shown
-

@@ -81,7 +81,9 @@ class EasyCache(RuntimePolicy[EasyState]):
     def probe(self, gm: fx.GraphModule, trunk: Trunk) -> Probe:
         if not trunk.output or trunk.other_outputs:
             found = f"{trunk.other_outputs} more outputs" if trunk.output else "no output of the latents' size"
-            raise PassError(f"{self.name} replaces the whole model, whose one output has the latents' size; found {found}.")
+            raise PassError(
+                f"{self.name} replaces the whole model, whose one output has the latents' size; found {found}."
+            )
         return Probe(
             signals=("predicted",),
             reads=(("latents", trunk.latents),),
@@ -92,7 +94,12 @@ class EasyCache(RuntimePolicy[EasyState]):
             restore=plus_residual,
             ends=(("output", trunk.output),),
             finish=learn_rate,
-            finish_keeps=(Keep("y", like=trunk.output), Keep("x_computed", like=trunk.latents), Keep("k"), Keep("size")),
+            finish_keeps=(
+                Keep("y", like=trunk.output),
+                Keep("x_computed", like=trunk.latents),
+                Keep("k"),
+                Keep("size"),
+            ),
         )
 
     def start(self) -> EasyState:

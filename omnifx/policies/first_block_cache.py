@@ -34,7 +34,9 @@ class FirstBlockCache(RuntimePolicy[None]):
 
     name: ClassVar[str] = "first-block-cache"
 
-    threshold: float = 0.05  # largest relative change that is skipped; diffusers' default, 0.08 on FLUX in ParaAttention
+    threshold: float = (
+        0.05  # largest relative change that is skipped; diffusers' default, 0.08 on FLUX in ParaAttention
+    )
 
     def __post_init__(self) -> None:
         check_number(self.name, "threshold", self.threshold, 0.0)

@@ -15,6 +15,7 @@ output.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -63,8 +64,12 @@ class TeaCache(RuntimePolicy[float]):
     name: ClassVar[str] = "teacache"
     uses_steps: ClassVar[str] = "the last step is not known to be the last, and may be skipped"
 
-    threshold: float | None = None  # estimated relative change from which a step computes; None: the model's published one
-    coefficients: tuple[float, ...] | Literal["identity"] | None = None  # highest power first; None: published or fitted
+    threshold: float | None = (
+        None  # estimated relative change from which a step computes; None: the model's published one
+    )
+    coefficients: tuple[float, ...] | Literal["identity"] | None = (
+        None  # highest power first; None: published or fitted
+    )
     within: tuple[float, float] | None = None  # changes that the polynomial holds for; others are taken for the nearest
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class TeaCache(RuntimePolicy[float]):
                     f"{self.name}: coefficients must be numbers, highest power first, or 'identity', got {given!r}."
                 )
             for value in given:
-                check_number(self.name, "coefficients", value, -float("inf"))
+                check_number(self.name, "coefficients", value, -math.inf)
 
     def for_model(self, model: str) -> tuple["TeaCache", str]:
         known = published().get(model)
@@ -97,7 +102,7 @@ class TeaCache(RuntimePolicy[float]):
 
     def learned(self, measured: Sequence[dict[str, float]]) -> tuple["TeaCache", str]:
         points = [(m["change"], m["output_change"]) for m in measured if {"change", "output_change"} <= m.keys()]
-        points = [(x, y) for x, y in points if 0.0 <= x < float("inf") and 0.0 <= y < float("inf")]
+        points = [(x, y) for x, y in points if 0.0 <= x < math.inf and 0.0 <= y < math.inf]
         if len(points) < FEWEST_POINTS:
             return self, ""
         x, y = torch.tensor(points, dtype=torch.float64).T
@@ -133,7 +138,9 @@ class TeaCache(RuntimePolicy[float]):
         """The polynomial's value at a change of the modulated input."""
         if self.coefficients is None or self.coefficients == "identity":
             return moved
-        if self.within is not None and moved < float("inf"):
+        if not math.isfinite(moved):
+            return math.inf
+        if self.within is not None:
             moved = min(max(moved, self.within[0]), self.within[1])
         value = 0.0
         for coefficient in self.coefficients:

@@ -44,7 +44,9 @@ def head_and_tails(traced: Traced, stages: Stages) -> tuple[list[Any], list[Any]
     head, count = stages.head, stages.program.num_outputs
     assert head is not None
     with torch.no_grad():
-        made = dict(zip(head.extra_outputs, head.run([*traced.inputs, *(kept[i] for i in head.extra_inputs)]), strict=True))
+        made = dict(
+            zip(head.extra_outputs, head.run([*traced.inputs, *(kept[i] for i in head.extra_inputs)]), strict=True)
+        )
         now = {f"now:{label[6:]}": value for label, value in made.items() if label.startswith("probe:")}
         carried = {label: value for label, value in made.items() if label.startswith("carry:")}
         full = list(stages.full.run(stages.feed(stages.full, traced.inputs, kept | carried | now)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -194,7 +195,7 @@ def learnt_points(model: ToyDiT) -> list[tuple[float, float]]:
     generate(watching, seed=0, steps=STEPS)
     axes = (1, 2)
     found = []
-    for (m, a), (n, b) in zip(seen, seen[1:], strict=False):
+    for (m, a), (n, b) in itertools.pairwise(seen):
         d = (n - m).abs().mean(axes) / m.abs().mean(axes)
         found.append((float(d), float((b - a).abs().mean() / a.abs().mean())))
     return found[:-1]
@@ -328,9 +329,7 @@ def test_bad_options_are_refused(policy: type[AnyRuntimePolicy], options: dict[s
         policy(**options)
 
 
-@pytest.mark.parametrize(
-    "name", ["teacache", "adacache", "first-block-cache", "dbcache", "easycache", "dicache"]
-)
+@pytest.mark.parametrize("name", ["teacache", "adacache", "first-block-cache", "dbcache", "easycache", "dicache"])
 def test_they_are_known_by_their_names_and_promise_no_speedup(name: str) -> None:
     policy = resolve(name)
 
