@@ -381,8 +381,9 @@ def _moved(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     """The places of a node's value; None if it holds none."""
     packet = getattr(node.target, "overloadpacket", node.target)
     if getattr(packet, "__name__", "") == "getitem":
+        number: Any = node.args[1]
         whole = known.get(node.args[0])  # type: ignore[arg-type]
-        return whole[node.args[1]] if isinstance(whole, list | tuple) else None
+        return whole[number] if isinstance(whole, list | tuple) else None
     shape = [hint(size) for size in value.shape] if isinstance(value := node.meta.get("val"), Tensor) else None
     if packet in POINTWISE or packet in COPIES:
         operands = [known[parent] for parent in node.all_input_nodes if parent in known]
@@ -457,7 +458,8 @@ def _main_output(gm: fx.GraphModule, latents: fx.Node) -> tuple[str, int]:
     ]
     if not alike:
         return "", len(outputs)
-    return max(alike, key=lambda node: num_bytes(node.meta["val"])).name, len(outputs) - 1  # type: ignore[union-attr]
+    largest: Any = max(alike, key=lambda node: num_bytes(node.meta["val"]))  # type: ignore[union-attr]
+    return largest.name, len(outputs) - 1
 
 
 def _is_sample(value: Tensor, latents: Tensor) -> bool:

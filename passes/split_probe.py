@@ -1,7 +1,7 @@
 """Split a step at a probe: a head that measures, and tails that go on from what the head computed.
 
 Before:  x -> embed -> block 0 -> (the probe) -> blocks 1..n (the span) -> head -> output(y)
-After, `SplitHead`:   x, probe_change (what was kept) -> embed -> block 0 -> output(signal, what to keep, carried values)
+After, `SplitHead`:   x, what was kept -> embed -> block 0 -> output(signal, what to keep, carried values)
 After, `ResumeTail`:  carry_add (an input) -> blocks 1..n -> head -> output(y)
        with `WriteResiduals`: the same, and output(y, trunk behind the span - trunk before it)
        with `RestoreSpan`:    carry_add -> add(residual, an input) -> head -> output(y)
@@ -118,7 +118,7 @@ class SplitHead(Pass):
         gm.meta[EXTRA_OUTPUTS] = [*labels, *(f"carry:{name}" for name in self.carried)]
         end.meta.pop("output_stack_traces", None)
         if "user_visible_output_idxs" in end.meta:  # strides as the tail was compiled for
-            end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))  # type: ignore[arg-type]
+            end.meta["user_visible_output_idxs"] = list(range(len(gm.meta[EXTRA_OUTPUTS])))
         Eliminate().call(gm)
         return True
 

@@ -55,8 +55,8 @@ def motion(value: Tensor, latents: Tensor, axis: int, *, temporal: bool) -> Tens
 
 @dataclass(frozen=True)
 class AdaState:
-    """How many steps are still to be reused, how many lay between the last computed ones, the last m, and how many steps
-    of the stream were computed."""
+    """How many steps are still to be reused, how many lay between the last computed ones, the last m, and how many
+    steps of the stream were computed."""
 
     left: int = 0
     rate: int = 1

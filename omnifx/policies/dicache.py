@@ -2,8 +2,8 @@
 
 With s the trunk after the first `depth` blocks and x the trunk before them, ``d_y = mean|s - s'| / mean|s'|`` and
 ``d_x`` alike (primes: the last step) give each step's error, d_y itself or |d_y - d_x|, which is added up; while the
-sum is below `threshold` the step is skipped. Its trunk behind the last block is ``x + r2 + g (r1 - r2)``, with r1, r2 the
-residuals of the whole stack at the last two computed steps and
+sum is below `threshold` the step is skipped. Its trunk behind the last block is ``x + r2 + g (r1 - r2)``, r1 and r2
+being the residuals of the whole stack at the last two computed steps and
 ``g = clip(mean|p - p2| / mean|p1 - p2|, 1, 1.5)`` from the probes' residuals p = s - x. A computed step goes on from s.
 The first `retention` of the steps (rounded down, and the one after) and the last one compute.
 Source: DiCache, arXiv:2508.17356 (Bujiazi/DiCache, FLUX): error d_y with threshold 0.4 and retention 0.2, or d_y - d_x

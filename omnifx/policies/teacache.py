@@ -1,14 +1,15 @@
 """Skip all blocks while the first block's modulated input, rescaled by a polynomial, changes little.
 
-``d = mean|M - M'| / mean|M'|`` with M the first block's modulated input (what its first attention reads) and M' that of
-the last step, skipped or not. The polynomial makes of it an estimate of the output's relative change, which is added up;
-a step computes if it is the first, the last, or the sum reaches `threshold`, and then the sum starts anew. Skipped: the
-trunk behind the last block is the trunk before the first one plus the residual of all blocks, as the last computed step
-left it.
+``d = mean|M - M'| / mean|M'|`` with M the first block's modulated input (what its first attention reads) and M' that
+of the last step, skipped or not. The polynomial makes of it an estimate of the output's relative change, which is added
+up; a step computes if it is the first, the last, or the sum reaches `threshold`, and then the sum starts anew. Skipped:
+the trunk behind the last block is the trunk before the first one plus the residual of all blocks, as the last computed
+step left it.
 Source: TeaCache, arXiv:2411.19108; polynomials and thresholds of ali-vilab/TeaCache are in `teacache.json`. Those for
 CogVideoX are not among them: they belong to another signal, the timestep's embedding.
-Ours: for a model without a published polynomial the first generation runs in full, and one is fitted to it (of degree 4,
-or less where that would be more than half as many numbers as points; not used outside of the changes it was fitted on).
+Ours: for a model without a published polynomial the first generation runs in full, and one is fitted to it (of degree
+4, or less where that would be more than half as many numbers as points; not used outside of the changes it was fitted
+on).
 ``coefficients="identity"`` takes d itself instead. The largest d over a batch's samples decides.
 Cost: the embedding and the first modulation at every step; M and the residual are kept, and while it is fitted the
 output.
@@ -64,11 +65,9 @@ class TeaCache(RuntimePolicy[float]):
     name: ClassVar[str] = "teacache"
     uses_steps: ClassVar[str] = "the last step is not known to be the last, and may be skipped"
 
-    threshold: float | None = (
-        None  # estimated relative change from which a step computes; None: the model's published one
-    )
+    threshold: float | None = None  # sum from which a step computes; None: the model's published one, else 0.1
     coefficients: tuple[float, ...] | Literal["identity"] | None = (
-        None  # highest power first; None: published or fitted
+        None  # highest power first; None: published, or fitted
     )
     within: tuple[float, float] | None = None  # changes that the polynomial holds for; others are taken for the nearest
 
@@ -112,9 +111,9 @@ class TeaCache(RuntimePolicy[float]):
         fitted = replace(self, coefficients=coefficients, within=(float(x.min()), float(x.max())))
         text = ", ".join(f"{c:.6g}" for c in coefficients)
         return fitted, (
-            f"{self.name}: no polynomial is published for this model; ({text}) was fitted to {len(points)} steps of its "
-            f"first generation, for changes in [{x.min():.4g}, {x.max():.4g}]. To keep it: TeaCache(coefficients=..., "
-            "within=...)"
+            f"{self.name}: no polynomial is published for this model; ({text}) was fitted to {len(points)} steps of "
+            f"its first generation, for changes in [{x.min():.4g}, {x.max():.4g}]. To keep it: "
+            "TeaCache(coefficients=..., within=...)"
         )
 
     def probe(self, gm: fx.GraphModule, trunk: Trunk) -> Probe:

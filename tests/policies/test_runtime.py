@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import omnifx
 from omnifx.errors import ConfigError
 from omnifx.options import Options
-from omnifx.policies.adacache import CODEBOOKS, AdaCache
+from omnifx.policies.adacache import AdaCache
 from omnifx.policies.dbcache import DBCache
 from omnifx.policies.dicache import DiCache
 from omnifx.policies.easycache import EasyCache
