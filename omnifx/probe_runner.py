@@ -269,7 +269,9 @@ class ProbeRunner(Runner):
         """A stage's extra outputs by label, in the strides that the other stages were compiled for."""
         found: dict[str, Tensor] = {}
         extra = made[len(made) - len(stage.extra_outputs) :]
-        for label, fake, value in zip(stage.extra_outputs, stage.made, extra, strict=True):
+        kept = self.stages.kept if self.stages is not None else {}
+        for label, like, value in zip(stage.extra_outputs, stage.made, extra, strict=True):
+            fake = kept[label][0] if label in kept else like
             if value.stride() != (strides := sizes.strides(fake)):
                 value = value.new_empty_strided(value.shape, strides).copy_(value)
             elif not self.program.lowering.owns_outputs and not label.startswith("carry:"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from omnifx.errors import PassError
 from omnifx.flops import hint, node_flops, numel
@@ -200,7 +201,8 @@ def span_of(gm: fx.GraphModule, first: int, last: int) -> tuple[Pair, ...]:
         raise PassError(f"the blocks {first} to {last - 1} are none of the {len(names)} blocks of this graph.")
     starts = _starts(gm, adds, skipped)
     inside = {add.node for add in skipped}
-    places = {start: _places(gm, start) for start in starts}
+    with unset_fake_temporarily():  # a capture is under way, and these numbers are real
+        places = {start: _places(gm, start) for start in starts}
     pairs: list[Pair] = []
     for end in _border(inside):
         found = _corresponding(end, places)

@@ -16,11 +16,13 @@ from torch import nn
 import omnifx
 from omnifx.errors import OmnifxWarning
 from omnifx.policies.adacache import AdaCache
+from omnifx.policies.dicache import DiCache
+from omnifx.policies.easycache import EasyCache
 from omnifx.policies.first_block_cache import FirstBlockCache
 from omnifx.policies.teacache import TeaCache
 from omnifx.runlog import GenerationLog
 from tests.runtime import EagerBlocks, letters
-from tests.toys import EAGER, ToyDiT, distance, generate, noise, sampling, toy
+from tests.toys import EAGER, ToyDiT, distance, free_toy, generate, noise, sampling, toy
 
 STEPS = 12
 ALWAYS = FirstBlockCache(threshold=1e9)
@@ -215,6 +217,20 @@ def test_threads_that_are_marked_do_not_mix() -> None:
         assert distance(image, generate(EagerBlocks(model, 0.7, equal=True), seed=seed, steps=STEPS)) < 1e-5
 
 
+@pytest.mark.parametrize("policy", [FirstBlockCache(threshold=0.7), DiCache(threshold=1.0, retention=0.0), EasyCache()])
+def test_a_capture_with_symbolic_sizes_serves_many(policy: Any) -> None:
+    model = free_toy(3)
+    fast = torch.compile(model, backend="omnicache", dynamic=True, options={**EAGER, "policy": policy, "steps": 16})
+    for batch, height, width in ((2, 8, 12), (3, 16, 8), (2, 12, 8)):
+        latents = noise(batch, 4, height, width, seed=1)
+        image = generate(fast, seed=0, steps=16, latents=latents)
+
+        static = compiled(free_toy(3), policy, steps=16)
+        assert distance(image, generate(static, seed=0, steps=16, latents=latents)) < 1e-5
+        assert letters(logs(fast)[-1]) == letters(logs(static)[-1])
+    assert omnifx.stats(fast).graphs == 1
+
+
 @pytest.mark.slow
 def test_with_inductor_steps_and_samples_are_the_same() -> None:
     model = toy(3)
@@ -230,6 +246,8 @@ def test_with_inductor_steps_and_samples_are_the_same() -> None:
 
 RANKS = """
 import os, sys, torch, torch.distributed as dist, omnifx
+from omnifx.policies.dicache import DiCache
+from omnifx.policies.easycache import EasyCache
 from omnifx.policies.first_block_cache import FirstBlockCache
 from tests.runtime import letters
 from tests.toys import EAGER, generate, toy

@@ -78,7 +78,7 @@ class DiCache(RuntimePolicy[float]):
             keeps=(
                 Keep("residual", like=after),
                 Keep("after", like=after, every=True),
-                Keep("before", like=after, every=True),
+                Keep("before", like=trunk.start, every=True),
             ),
             span=span_of(gm, 0, len(trunk.ends)),
             restore=aligned,

@@ -7,9 +7,10 @@ the trunk behind the last block is the trunk before the first one plus the resid
 step left it.
 Source: TeaCache, arXiv:2411.19108; polynomials and thresholds of ali-vilab/TeaCache are in `teacache.json`. Those for
 CogVideoX are not among them: they belong to another signal, the timestep's embedding.
-Ours: for a model without a published polynomial the first generation runs in full, and one is fitted to it (of degree
-4, or less where that would be more than half as many numbers as points; not used outside of the changes it was fitted
-on).
+Ours: a step whose estimate is negative computes (the published polynomials bend down beyond the changes that they were
+fitted on). For a model without a published polynomial the first generation runs in full, and one is fitted to it (of
+degree 4, or less where that would be more than half as many numbers as points; not used outside of the changes it was
+fitted on).
 ``coefficients="identity"`` takes d itself instead. The largest d over a batch's samples decides.
 Cost: the embedding and the first modulation at every step; M and the residual are kept, and while it is fitted the
 output.
@@ -144,6 +145,8 @@ class TeaCache(RuntimePolicy[float]):
         value = 0.0
         for coefficient in self.coefficients:
             value = value * moved + float(coefficient)
+        if value < 0.0:  # no change is negative: the polynomial says nothing here
+            return math.inf if self.within is None else 0.0
         return value
 
     def decide(self, state: float, signals: Sequence[float], step: Step) -> Decision[float]:

@@ -73,11 +73,12 @@ def test_head_and_full_tail_are_the_graph_bit_by_bit_and_cost_what_it_costs(
     assert stages.head.flops + stages.reuse.flops < 0.5 * total_flops(traced.gm)
 
 
+@pytest.mark.parametrize("policy", ["first-block-cache", "dicache", "teacache"])
 @pytest.mark.parametrize("name", TINY)
-def test_real_models_are_split_after_their_first_block(name: str) -> None:
+def test_real_models_are_split_at_their_first_block(name: str, policy: str) -> None:
     tiny = TINY[name]()
     traced = trace(tiny.model, **tiny.inputs)
-    stages = stages_of(traced, FirstBlockCache())
+    stages = stages_of(traced, POLICIES[policy])
 
     full, again = head_and_tails(traced, stages)
 

@@ -24,7 +24,7 @@ from omnifx.policies.teacache import TeaCache, published
 from omnifx.policy import resolve
 from omnifx.runtime import AnyRuntimePolicy, RuntimePolicy, Step
 from tests.runtime import Eager, EagerAda, EagerBlocks, EagerDi, EagerEasy, EagerTea, letters
-from tests.toys import EAGER, ToyDiT, distance, generate, toy
+from tests.toys import EAGER, TINY, ToyDiT, distance, generate, noise, toy
 
 STEPS = 12
 BLOCKS = 4
@@ -201,6 +201,34 @@ def learnt_points(model: ToyDiT) -> list[tuple[float, float]]:
     return found[:-1]
 
 
+@pytest.mark.parametrize("name", ["latte", "wan", "flux"])
+@pytest.mark.parametrize("policy", ["dicache", "first-block-cache", "moreg"])
+def test_real_models_run_as_one_graph_and_skip(name: str, policy: str) -> None:
+    """Latte permutes its trunk, FLUX joins two, and both are captured with fake tensors around."""
+    if policy == "moreg" and name == "flux":
+        pytest.skip("no video")
+    tiny = TINY[name]()
+    chosen: dict[str, AnyRuntimePolicy] = {
+        "dicache": DiCache(threshold=1e9, retention=0.0),
+        "first-block-cache": FirstBlockCache(threshold=1e9),
+        "moreg": AdaCache(codebook=((1e9, 3),), moreg=True),
+    }
+    fast = torch.compile(tiny.model, backend="omnicache", options={**EAGER, "policy": chosen[policy], "steps": 6})
+    inputs = dict(tiny.inputs)
+    with torch.no_grad():
+        for k in range(6):
+            for at in tiny.latents:
+                inputs[at] = tiny.inputs[at] + 0.03 * k * noise(*tiny.inputs[at].shape, seed=5)
+            for at in tiny.times:
+                inputs[at] = (tiny.inputs[at] * (1.0 - k / 10)).to(tiny.inputs[at].dtype)
+            fast(**inputs)
+
+    stats = omnifx.stats(fast)
+    expected = {"dicache": "FrrrrF", "first-block-cache": "Frrrrr", "moreg": "FFrrFr"}[policy]
+    assert letters(stats.generations[-1]) == expected
+    assert stats.graphs == 1
+
+
 # -- decisions ---------------------------------------------------------------------------------------------------------
 
 POLICIES: list[AnyRuntimePolicy] = [
@@ -338,6 +366,15 @@ def test_they_are_known_by_their_names_and_promise_no_speedup(name: str) -> None
         omnifx.calibrate(toy(1), generate, policy=name)
     with pytest.raises(ConfigError, match="speedup"):
         Options.parse({"policy": name, "speedup": 2.0})
+
+
+def test_a_polynomial_that_goes_below_zero_skips_nothing() -> None:
+    latte, _ = TeaCache().for_model("LatteTransformer3DModel")
+    assert isinstance(latte, TeaCache)
+
+    assert latte.estimate(0.05) > 0.0
+    assert latte.estimate(0.5) == math.inf
+    assert run(latte, [(0.5,)] * 4, total=None) == "FFFF"
 
 
 def test_published_polynomials_are_chosen_by_the_models_class() -> None:
