@@ -16,6 +16,7 @@ from omnifx.plan import Plan
 from omnifx.policy import Policy, resolve
 from omnifx.prior import Prior, merge_priors
 from omnifx.profile import Profile
+from omnifx.runtime import is_runtime
 from omnifx.session import find_session, generation, options_of
 
 
@@ -50,6 +51,11 @@ def calibrate(
     """
     if not isinstance(runs, int) or runs < 1:
         raise ConfigError(f"calibrate: runs must be a number >= 1, got {runs!r}.")
+    if is_runtime(resolve(policy)):
+        raise ConfigError(
+            f"calibrate: policy {resolve(policy).name!r} decides at run time and follows no profile; what it needs to "
+            "know of a model it learns from the first generation."
+        )
     plain = getattr(model, "_orig_mod", model)
     taken = {**(options_of(model) or {}), **(options or {})}
     taken = {key: value for key, value in taken.items() if key not in ("profile", "plan", "speedup", "steps")}

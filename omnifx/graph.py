@@ -236,6 +236,16 @@ def inline(
 
     Returns: the node that holds the function's one tensor.
     """
+    return inline_all(gm, function, args, before=before)[0]
+
+
+def inline_all(
+    gm: fx.GraphModule, function: Callable[..., Any], args: Sequence[fx.Node], *, before: fx.Node
+) -> list[fx.Node]:
+    """As `inline`, for a function that returns a tensor or a sequence of them.
+
+    Returns: the nodes that hold its tensors.
+    """
     from torch._inductor.decomposition import select_decomp_table
 
     values = [arg.meta["val"] for arg in args]
@@ -253,7 +263,7 @@ def inline(
                 mapping[node] = next(inputs)
             elif node.op == "output":
                 result = node.args[0]
-                return mapping[result[0] if isinstance(result, tuple | list) else result]
+                return [mapping[value] for value in (result if isinstance(result, tuple | list) else (result,))]
             elif node.op == "get_attr":
                 raise PassError(f"inline: {function} made the constant {node.target}; pass it as an argument instead.")
             else:
@@ -394,6 +404,7 @@ __all__ = [
     "graph_text",
     "hint",
     "inline",
+    "inline_all",
     "insert_input",
     "node_flops",
     "node_named",

@@ -12,6 +12,7 @@ from omnifx.errors import ConfigError
 from omnifx.plan import Plan
 from omnifx.policy import Policy, refuse_speedup, resolve
 from omnifx.profile import Profile
+from omnifx.runtime import is_runtime
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -81,6 +82,11 @@ class Options(BaseModel):
             ) from error
 
         policy = parsed.resolved_policy
+        if parsed.speedup is not None and is_runtime(policy):
+            raise ConfigError(
+                f"omnicache: option 'speedup' found {parsed.speedup}, but {policy.name} decides at run time, from each "
+                f"step's signal, so no ratio can be promised. Set its own options instead: {policy.options}."
+            )
         if parsed.speedup is not None and parsed.speedup > policy.most_speedup:
             raise refuse_speedup(policy.name, parsed.speedup, policy.most_speedup, "its own rules")
         return parsed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import sympy
 import torch
@@ -42,6 +42,8 @@ from omnifx.profile import BlockMeta, BranchMeta, SpanMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
 from omnifx.spans import Span, Spans, span_name
 
+_Made = TypeVar("_Made")
+
 
 @dataclass
 class Variant:
@@ -63,6 +65,11 @@ class Variant:
     """The sizes at which it was made to reproduce a full step from that step's own cuts."""
     guards: tuple[sympy.Basic, ...] = ()
     """What sizes must fulfil, if it was compiled when Dynamo's guards stood already."""
+
+    @property
+    def label(self) -> str:
+        """Its short name."""
+        return self.spec.label
 
     def strides_of(self, condition: str, sizes: Sizes) -> tuple[int, ...]:
         """The strides that the graph was compiled for, of one of its conditions."""
@@ -296,12 +303,18 @@ class Program:
 
     def _compile(self, spec: VariantSpec) -> Variant:
         start = time.perf_counter()
-        with late_guards(self._shapes) as guards:
-            variant = self._make(spec)
-        self._late_guards += guards  # they also bind what is compiled later: sizes that they fix stay fixed
-        variant.guards = tuple(self._late_guards)
+        variant, guards = self.guarded(lambda: self._make(spec))
+        variant.guards = guards
         variant.compile_seconds = time.perf_counter() - start
         return variant
+
+    def guarded(self, make: Callable[[], _Made]) -> tuple[_Made, tuple[sympy.Basic, ...]]:
+        """Compile something of this graph; returns it, and what sizes must fulfil for it to be right."""
+        with self._lock:
+            with late_guards(self._shapes) as guards:
+                made = make()
+            self._late_guards += guards  # they also bind what is compiled later: sizes that they fix stay fixed
+            return made, tuple(self._late_guards)
 
     def _make(self, spec: VariantSpec) -> Variant:
         gm = clone(self.gm)

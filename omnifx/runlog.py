@@ -23,6 +23,10 @@ class StepLog:
     """FLOPs of this call."""
     whole: int
     """FLOPs of one that computes everything once."""
+    signals: dict[str, float] = field(default_factory=dict)
+    """What a run-time policy measured and accumulated, by name; empty with any other policy."""
+    decision: str = ""
+    """What a run-time policy decided, and why; empty with any other policy."""
 
     @property
     def compute(self) -> float:

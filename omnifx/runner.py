@@ -113,6 +113,11 @@ class Runner:
         if self.conductor is not None:
             self.conductor.inactive = reason
 
+    @property
+    def compiled(self) -> list[Any]:
+        """What was compiled so far; each has a label and the seconds it took."""
+        return list(self.program.variants.values())
+
     def specs_ahead(self) -> list[VariantSpec]:
         """Variants to compile before they are needed: those of the known plans, else those the policy may use."""
         program, conductor = self.program, self.conductor
@@ -378,7 +383,7 @@ class Runner:
             elif kind == "predictor":
                 values.append(self._predictor_tensor(predictor, fake))
             else:
-                values.append(_zeros_like(fake, job.sizes))
+                values.append(zeros_like(fake, job.sizes))
         return values
 
     def _extra_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
@@ -394,7 +399,7 @@ class Runner:
                 values.append(conditions[name])
             elif kind == "noise":
                 held = job.noise.get(int(name))
-                values.append(_zeros_like(fake, job.sizes) if held is None else held)
+                values.append(zeros_like(fake, job.sizes) if held is None else held)
             elif kind == "predictor":
                 values.append(self._predictor_tensor(job.call.predictor, fake))
             elif kind == "trend":
@@ -455,7 +460,7 @@ class Runner:
         """The trend of a cut at this step; zeros where none is followed."""
         prior = job.call.prior
         if prior is None or not job.call.trend:
-            return _zeros_like(fake, job.sizes)
+            return zeros_like(fake, job.sizes)
         if prior is not self._prior[0]:
             self._prior = (prior, prior.to(fake.device))
         found: Tensor = self._prior[1].trend(self.program.cut_keys[cut], job.call.stream.step)
@@ -472,9 +477,9 @@ class Runner:
         if variant.shares is False:
             return outputs
         given, made = outputs[: self.program.num_outputs], outputs[self.program.num_outputs :]
-        taken = set(map(_memory, (*job.cuts.values(), *made)))
-        variant.shares = any(isinstance(value, Tensor) and _memory(value) in taken for value in given)
-        return [v.clone() if isinstance(v, Tensor) and _memory(v) in taken else v for v in given] + list(made)
+        taken = set(map(memory_of, (*job.cuts.values(), *made)))
+        variant.shares = any(isinstance(value, Tensor) and memory_of(value) in taken for value in given)
+        return [v.clone() if isinstance(v, Tensor) and memory_of(v) in taken else v for v in given] + list(made)
 
     def _store_outputs(self, variant: Variant, job: Job, extra: Sequence[Any]) -> None:
         """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
@@ -603,14 +608,15 @@ def _traits(plan: Plan, stores: bool) -> Traits:
     return {"spans": plan.span_names, "terms": plan.terms, "stores": stores, "trend": plan.trend}
 
 
-def _memory(value: Tensor) -> int:
+def memory_of(value: Tensor) -> int:
+    """Which memory a tensor lies in."""
     return value.untyped_storage().data_ptr()
 
 
-def _zeros_like(fake: Tensor, sizes: Sizes) -> Tensor:
+def zeros_like(fake: Tensor, sizes: Sizes) -> Tensor:
     """Real zeros with the shape, strides, type and device of a fake value."""
     shape, strides = sizes.shape(fake), sizes.strides(fake)
     return torch.empty_strided(shape, strides, dtype=fake.dtype, device=fake.device).zero_()
 
 
-__all__ = ["Runner"]
+__all__ = ["TOLERANCE", "Runner", "memory_of", "zeros_like"]

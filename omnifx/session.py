@@ -37,12 +37,14 @@ from omnifx.hooks import hooks_of
 from omnifx.options import Options
 from omnifx.plan import Plan
 from omnifx.prior import prior_path
+from omnifx.probe_runner import ProbeRunner
 from omnifx.profile import Profile
 from omnifx.program import Program
 from omnifx.recording import Recording
 from omnifx.report import MatchReport
 from omnifx.runlog import Log, Stats
 from omnifx.runner import Runner
+from omnifx.runtime import RuntimePolicy, is_runtime
 from omnifx.store import CacheStore, default_budget
 from omnifx.trunks import with_trunks
 from omnifx.unmatched import nothing_found
@@ -96,6 +98,8 @@ class Session:
                 f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches "
                 f"uncached, the first is {program.over_budget[0].name}"
             )
+        if is_runtime(self.policy) and not self.record_only:
+            return self._add_probe_runner(program, weights_hash, self._make_store(device), broken=broken)
         conductor, reason = None, ""
         if broken and (self.boundary is None or program.side_effects):
             reason = _effects_of(self.model_name, program, ()) if program.side_effects else self._break_reason()
@@ -122,6 +126,64 @@ class Session:
         if reason and broken:
             self.tell(reason)
         return runner
+
+    def _add_probe_runner(self, program: Program, weights_hash: str, store: CacheStore, *, broken: bool) -> Runner:
+        """A runner for a policy that decides at run time; it needs no conductor, as there is no plan to follow."""
+        policy = self.policy
+        assert isinstance(policy, RuntimePolicy)  # the caller asked
+        profile = self._known_profile(_hash(self.model_name, weights_hash, *program.names))
+        reason = self._inactive([program])
+        if broken:
+            reason = (
+                f"{self.model_name} was captured in parts, but policy {policy.name!r} decides in the middle of a step, "
+                "which needs the step as one graph; nothing is reused. Mend the graph breaks (omnifx.explain lists "
+                "them), or use a policy that plans ahead"
+            )
+        policy, said = policy.for_model(self.model_name)
+        steps = self.options.steps or (profile.num_steps if profile is not None else None)
+        if said:
+            self.log.note(said)
+        if steps is None and policy.uses_steps:
+            self.log.note(
+                f"{policy.name}: the number of steps is not known, so {policy.uses_steps}; give it as the option "
+                "'steps', or mark generations with omnifx.generation(model, steps=...)"
+            )
+        runner = ProbeRunner(
+            program,
+            policy=policy,
+            store=store,
+            log=self.log,
+            steps=steps,
+            mark=lambda: marked_for(self),
+            tell=self.tell,
+            inactive=reason,
+        )
+        if reason:
+            self.tell(reason)
+        self.runners.append(runner)
+        return runner
+
+    def _known_profile(self, fingerprint: str) -> Profile | None:
+        """The profile that the options name, or the newest one that was kept of this model."""
+        with unset_fake_temporarily():
+            given = self.options.profile
+            if given is not None:
+                profile = given if isinstance(given, Profile) else Profile.load(given)
+                if profile.meta.fingerprint != fingerprint:
+                    raise ProfileError(
+                        f"the profile does not belong to this model: it was measured on {profile.meta.model}, or on "
+                        "other weights. Calibrate this model with `omnifx calibrate`."
+                    )
+                return profile
+        return None
+
+    def end_marked(self, mark: Marked) -> None:
+        """A marked generation is over."""
+        for conductor in self.conductors:
+            conductor.end_marked(mark)
+        for runner in self.runners:
+            if isinstance(runner, ProbeRunner):
+                runner.end_marked(mark)
 
     def _make_store(self, device: torch.device) -> CacheStore:
         if self.store is None:
@@ -381,13 +443,13 @@ class Session:
 
     def stats(self) -> Stats:
         """A snapshot of what ran."""
-        variants = [variant for runner in self.runners for variant in runner.program.variants.values()]
+        variants = [variant for runner in self.runners for variant in runner.compiled]
         notes = [*self.log.notes, *(r.inactive for r in self.runners if r.inactive)]
         return Stats(
             model=self.model_name,
             generations=list(self.log.generations),
             graphs=len(self.runners),
-            variants_compiled=[variant.spec.label for variant in variants],
+            variants_compiled=[variant.label for variant in variants],
             recompilations=sum(runner.late_compilations for runner in self.runners),
             cache_bytes=self.store.held_bytes if self.store else 0,
             peak_cache_bytes=self.store.peak_bytes if self.store else 0,
@@ -615,8 +677,7 @@ def generation(compiled: object, *, steps: int | None = None) -> Iterator[None]:
             yield
     finally:
         if entered is not None:
-            for conductor in session.conductors:
-                conductor.end_marked(entered)
+            session.end_marked(entered)
 
 
 def weights_hash(values: Sequence[Any]) -> str:
