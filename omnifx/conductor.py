@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
-from omnifx.plan import COMPUTE, REUSE, Correction, Plan, Row
+from omnifx.plan import COMPUTE, Correction, Plan, Row, reads_caches
 from omnifx.policy import Policy
 from omnifx.profile import BranchMeta, Profile
 from omnifx.recording import Recorder, Recording
@@ -191,8 +191,9 @@ class Conductor:
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
+        whole = {"tokens": 0, "token_reason": "the model is captured in parts"} if self.broken else {}
         return tuple(
-            meta.model_copy(update={"name": name})
+            meta.model_copy(update={"name": name, **whole})
             for part in self.parts
             for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
         )
@@ -329,7 +330,7 @@ class Conductor:
         if not reading.finite:
             stream.doubt = "the latents hold NaN or infinity"
         row, correction, planned_reason = self._planned(stream)
-        if REUSE in row:
+        if reads_caches(row):
             if refusal := self._refusal(stream) or reason or planned_reason:
                 row, correction, reason = self._compute_row, None, refusal
                 stream.on_plan = False
@@ -356,7 +357,7 @@ class Conductor:
         for entry in stream.entries[1:]:
             other = entry.plan
             if (other.row_of(stream.step), other.steps[stream.step].correction) != (row, correction):
-                reuses = any(REUSE in e.plan.row_of(stream.step) for e in stream.entries)
+                reuses = any(reads_caches(e.plan.row_of(stream.step)) for e in stream.entries)
                 why = "several calibrated step counts still fit, and their plans differ here" if reuses else ""
                 return self._compute_row, None, why
         return row, correction, ""
@@ -523,7 +524,7 @@ class Conductor:
                 call.logged = True
                 stream.log.steps.append(call.log)
             call.log.add(label, reason, spent, whole)
-            if REUSE not in call.row:
+            if not reads_caches(call.row):
                 stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
             if stream.entries:
                 self.following = True

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, REUSE, Plan
+from omnifx.plan import COMPUTE, Plan, partial_tokens, reads_caches
 from omnifx.policies.omnicache import OmniCache
 from omnifx.profile import Profile
 
@@ -50,12 +50,13 @@ _LOOKS = {
 
 
 def kinds_of_steps(plan: Plan) -> list[str]:
-    """What each step of a plan does: "full", "reuse", "corrected" (a reuse with a correction) or "mixed"."""
+    """What each step of a plan does: "full", "reuse", "corrected" (a reuse with a correction) or "mixed" (some
+    branches or tokens are computed)."""
     kinds = []
     for step, row in zip(plan.steps, plan.rows, strict=True):
-        if REUSE not in row:
+        if not reads_caches(row):
             kinds.append("full")
-        elif COMPUTE in row:
+        elif COMPUTE in row or any(map(partial_tokens, row)):
             kinds.append("mixed")
         else:
             kinds.append("reuse" if step.correction is None else "corrected")

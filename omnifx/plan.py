@@ -6,25 +6,50 @@ A plan is plain data. It is made by a policy, saved as JSON, validated when it i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from omnifx.errors import PlanError
+from omnifx.tokens import Selection
 
 if TYPE_CHECKING:
     from omnifx.profile import Profile
 
 FORMAT = 1
 
-Action = Literal["compute", "reuse"]
+_ACTION = r"compute|reuse|partial:(0|[1-9][0-9]*)"
+
+Action = Annotated[str, StringConstraints(pattern=rf"^({_ACTION})$")]
+"""What a step does with a branch: "compute", "reuse", or "partial:64": compute 64 tokens of each sample."""
 COMPUTE: Action = "compute"
 REUSE: Action = "reuse"
 
 Row = tuple[Action, ...]
 """One action for each branch, in the order of the branches; its row of actions is a variant's name."""
+
+
+def partial(k: int) -> Action:
+    """The action that computes `k` tokens of each sample; with 0 it reuses all, but lets their counts grow."""
+    return f"partial:{k}"
+
+
+def partial_tokens(action: Action) -> int | None:
+    """How many tokens a partial action computes; None for another action."""
+    return int(action.removeprefix("partial:")) if action.startswith("partial:") else None
+
+
+def reads_caches(row: Row) -> bool:
+    """Whether a row takes anything from an earlier step, rather than computing everything."""
+    return any(action != COMPUTE for action in row)
+
+
+def is_partial(row: Row) -> bool:
+    """Whether a row treats any branch token by token, if only to count."""
+    return any(partial_tokens(action) is not None for action in row)
 
 
 class Correction(BaseModel):
@@ -76,6 +101,10 @@ class Plan(BaseModel):
     """FLOPs of each variant over the FLOPs of the variant that computes everything."""
     notes: tuple[str, ...] = ()
     """What the policy measured and decided, in sentences."""
+    selection: Selection | None = None
+    """How the tokens of partial branches are chosen."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of each branch at the size it was made for, if it has a selection; 0 if they cannot be computed alone."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -91,8 +120,12 @@ class Plan(BaseModel):
             raise ValueError(f"variants {bad} do not have one action for each of the {len(self.branches)} branches")
         if bad := [k for k, step in enumerate(self.steps) if step.variant >= len(self.variants)]:
             raise ValueError(f"steps {bad} name a variant that is not in the plan (it has {len(self.variants)})")
-        if REUSE in self.rows[0]:
+        if reads_caches(self.rows[0]):
             raise ValueError("step 0 reuses a branch, but nothing was computed before it")
+        if self.tokens and len(self.tokens) != len(self.branches):
+            raise ValueError(f"tokens of {len(self.tokens)} branches, but there are {len(self.branches)}")
+        if self.selection is None and any(map(is_partial, self.variants)):
+            raise ValueError("some branches are partial, but no selection says which tokens they compute")
         return self
 
     @property
@@ -111,8 +144,8 @@ class Plan(BaseModel):
 
     @property
     def num_reuse_steps(self) -> int:
-        """How many steps reuse at least one branch."""
-        return sum(REUSE in row for row in self.rows)
+        """How many steps reuse at least one branch, or some of its tokens."""
+        return sum(map(reads_caches, self.rows))
 
     @property
     def reads_noise(self) -> bool:
@@ -135,6 +168,7 @@ class Plan(BaseModel):
         policy_options: dict[str, Any] | None = None,
         corrections: Sequence[Correction | None] | None = None,
         notes: Sequence[str] = (),
+        selection: Selection | None = None,
     ) -> Self:
         """A plan from one row per step; equal rows share a variant.
 
@@ -158,6 +192,8 @@ class Plan(BaseModel):
                 steps=tuple(steps),
                 reuse_flops=tuple(meta.cost_of(row) for row in table),
                 notes=tuple(notes),
+                selection=selection,
+                tokens=tuple(branch.tokens or 0 for branch in meta.branches) if selection is not None else (),
             )
         except ValidationError as error:
             raise PlanError(f"Plan: {_first_problem(error)}. Mend the policy that made these rows.") from error
@@ -183,10 +219,12 @@ class Plan(BaseModel):
             raise PlanError(f"Plan.load: {path} is not a plan: {problem}. Make it anew with `omnifx plan`.") from error
 
     def timeline(self) -> str:
-        """The plan in two lines of text: F a full step, r a reuse, m a row that mixes both, c a corrected reuse."""
+        """The plan in two lines of text: F a full step, r a reuse, m a row that mixes both, p one that computes some tokens,
+        c a corrected reuse."""
         letters = []
         for step, row in zip(self.steps, self.rows, strict=True):
-            letter = "F" if REUSE not in row else ("r" if COMPUTE not in row else "m")
+            letter = "F" if not reads_caches(row) else ("m" if COMPUTE in row else "r")
+            letter = "p" if any(map(partial_tokens, row)) else letter
             letters.append("c" if step.correction is not None and letter == "r" else letter)
         head = (
             f"{self.policy}: {len(self.steps)} steps, {self.num_reuse_steps} reuse, "
@@ -200,7 +238,7 @@ class Plan(BaseModel):
 
 def is_action(value: object) -> bool:
     """Whether `value` is one of the known actions."""
-    return value in get_args(Action)
+    return isinstance(value, str) and re.fullmatch(_ACTION, value) is not None
 
 
 def _first_problem(error: ValidationError) -> str:

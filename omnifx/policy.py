@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from omnifx.errors import ConfigError
 from omnifx.plan import COMPUTE, REUSE, Plan, Row
 from omnifx.profile import Profile
+from omnifx.tokens import Selection
 
 
 class Policy(ABC):
@@ -33,6 +34,11 @@ class Policy(ABC):
     """What its rules allow at most, whatever the model and the steps."""
     needs_profile: ClassVar[bool] = True
     """Whether a generation must be measured before its first plan."""
+
+    @property
+    def selection(self) -> Selection | None:
+        """How its plans choose the tokens of partial branches; None if none of them is partial."""
+        return None
 
     @abstractmethod
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:

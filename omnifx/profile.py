@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.errors import ProfileError
-from omnifx.plan import REUSE, Row
+from omnifx.plan import COMPUTE, Action, Row, partial_tokens
 
 FORMAT = 1
 NUM_BANDS = 4
@@ -42,6 +42,25 @@ class BranchMeta(BaseModel):
     """FLOPs that reusing this branch saves in one call."""
     cache_bytes: int = Field(ge=0)
     """Bytes of its cuts, for one stream."""
+    tokens: int | None = Field(default=None, ge=0)
+    """Tokens of a sample, if some of them may be computed alone; 0 if not; None if unknown (an older profile)."""
+    token_flops: int = Field(default=0, ge=0)
+    """FLOPs in proportion to the tokens computed."""
+    spared_flops: int = Field(default=0, ge=0)
+    """FLOPs that a partial step saves however many tokens it computes."""
+    token_reason: str = ""
+    """Why its tokens cannot be computed alone."""
+    scores: tuple[str, ...] = ()
+    """Whether attentions are known that tell of its tokens: as their "keys", as their "queries"."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns, if the tokens are an image."""
+
+    def saved_by(self, action: Action) -> float:
+        """FLOPs that an action saves in one call."""
+        k = partial_tokens(action)
+        if not k:
+            return 0.0 if action == COMPUTE else float(self.flops)
+        return min(self.flops, self.spared_flops + self.token_flops * (1.0 - k / self.tokens)) if self.tokens else 0.0
 
 
 class ProfileMeta(BaseModel):
@@ -86,7 +105,7 @@ class ProfileMeta(BaseModel):
 
     def cost_of(self, row: Row) -> float:
         """FLOPs of a call that does `row`, over those of a call that computes everything."""
-        saved = sum(branch.flops for branch, action in zip(self.branches, row, strict=True) if action == REUSE)
+        saved = sum(branch.saved_by(action) for branch, action in zip(self.branches, row, strict=True))
         return 1.0 - saved / self.flops if self.flops else 1.0
 
 

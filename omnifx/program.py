@@ -36,9 +36,12 @@ from omnifx.passes.bind_sizes import BindSizes
 from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.passes.prove_tokens import ProveTokens
+from omnifx.passes.score_tokens import source_of
+from omnifx.plan import COMPUTE, REUSE, Row, partial_tokens
 from omnifx.profile import BranchMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
+from omnifx.tokens import Selection
 
 
 @dataclass
@@ -104,8 +107,8 @@ class Program:
         self._lock = threading.RLock()
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
-        self._specs: dict[tuple[Row, bool], VariantSpec] = {}
-        run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
+        self._specs: dict[tuple[Row, bool, Selection | None], VariantSpec] = {}
+        run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static)), ProveTokens()), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
         self.side_effects = side_effects(gm)
@@ -115,6 +118,9 @@ class Program:
         nodes = nodes_by_name(gm)
         self.cut_values: dict[str, Tensor] = {
             cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
+        }
+        self.held_values: dict[str, Tensor] = {
+            name: nodes[name].meta["val"] for branch in self.branches if branch.tokens for name in branch.tokens.held
         }
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.sizes = SizeInputs(placeholders)
@@ -138,16 +144,29 @@ class Program:
             self._bytes[sizes] = sum(map(sizes.num_bytes, self.cut_values.values()))
         return self._bytes[sizes]
 
+    def token_bytes(self, selection: Selection | None) -> int:
+        """Bytes that one stream needs beside its cuts so that branches may be computed in part: scores, the stamps of
+        all tokens, and the attentions that parallel branches join. None without a selection."""
+        if selection is None:
+            return 0
+        partial = [(b, b.tokens) for b in self.branches if b.tokens is not None]
+        scores = {s.node: t.batch * s.total for b, t in partial if (s := source_of(b, selection)) is not None}
+        stamps = sum(tokens.batch * tokens.number for _, tokens in partial)
+        return 4 * (stamps + sum(scores.values())) + sum(tokens.held_bytes for _, tokens in partial)
+
     @property
     def filters(self) -> bool:
         """Whether the main output has a grid, along which a correction can filter."""
         return bool(dict(self.grids)[self.main_output].axes) if self.main_output is not None else True
 
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
-        """The cuts that a variant reads, by node name."""
+        """The cuts that a variant reads, by node name, and what else it keeps of attentions."""
         if spec not in self._reads:
-            reads = set(spec.reads)
-            self._reads[spec] = tuple(cut for b in self.branches if b.name in reads for cut in b.cuts)
+            partial = {name for name, _ in spec.partial}
+            reads = {*spec.reads, *partial}
+            cuts = [cut for b in self.branches if b.name in reads for cut in b.cuts]
+            held = [name for b in self.branches if b.name in partial and b.tokens for name in b.tokens.held]
+            self._reads[spec] = (*cuts, *held)
         return self._reads[spec]
 
     @property
@@ -165,18 +184,42 @@ class Program:
         """The captured graph, unchanged."""
         return VariantSpec(self.names, self.compute_row, writes=())
 
-    def full(self, *, measures: bool) -> VariantSpec:
-        """Compute everything and return the cuts."""
-        return VariantSpec(self.names, self.compute_row, writes=self.names, measures=measures and bool(self.noisy))
+    def full(self, *, measures: bool, selection: Selection | None = None) -> VariantSpec:
+        """Compute everything and return the cuts, and with a selection the scores of all tokens."""
+        return VariantSpec(
+            self.names,
+            self.compute_row,
+            writes=self.names,
+            measures=measures and bool(self.noisy),
+            selection=selection if any(branch.tokens for branch in self.branches) else None,
+        )
 
-    def reusing(self, row: Row, *, corrects: bool) -> VariantSpec:
-        """Do `row`; what it computes is returned for later steps."""
-        if (known := self._specs.get((row, corrects))) is not None:
+    def reusing(self, row: Row, *, corrects: bool, selection: Selection | None = None) -> VariantSpec:
+        """Do `row`; what it computes is returned for later steps. `refusal_of` must be empty for it."""
+        key = (row, corrects, selection)
+        if (known := self._specs.get(key)) is not None:
             return known
         writes = tuple(name for name, action in zip(self.names, row, strict=True) if action == COMPUTE)
-        spec = VariantSpec(self.names, row, writes=writes, corrects=corrects and bool(self.noisy))
-        self._specs[row, corrects] = spec
+        counted = tuple(REUSE if partial_tokens(action) == 0 else action for action in row)
+        tells = bool(writes) or any(partial_tokens(action) for action in counted)
+        spec = VariantSpec(
+            self.names,
+            counted,
+            writes=writes,
+            corrects=corrects and bool(self.noisy),
+            selection=selection if tells else None,
+        )
+        self._specs[key] = spec
         return spec
+
+    def refusal_of(self, row: Row, tokens: Sequence[int]) -> str:
+        """Why some of this many tokens of each branch cannot be computed as a row says; empty if they can."""
+        for at, (branch, action) in enumerate(zip(self.branches, row, strict=True)):
+            found = branch.tokens.number if branch.tokens is not None else 0
+            if partial_tokens(action) and (at >= len(tokens) or tokens[at] != found):
+                here = branch.token_reason or f"it has {found}"
+                return f"the plan computes some of {tokens[at] if at < len(tokens) else 0} tokens of {branch.name}: {here}"
+        return ""
 
     def variant(self, spec: VariantSpec) -> Variant:
         """The compiled variant; compiles it the first time."""
@@ -229,8 +272,23 @@ class Program:
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of each cached branch. Their FLOPs add up to what reusing all of them saves."""
         return tuple(
-            BranchMeta(name=b.name, kind=b.kind, flops=b.flops, cache_bytes=b.cache_bytes) for b in self.branches
+            BranchMeta(name=b.name, kind=b.kind, flops=b.flops, cache_bytes=b.cache_bytes, **_of_tokens(b))
+            for b in self.branches
         )
+
+
+def _of_tokens(branch: Branch) -> dict[str, Any]:
+    """What a profile keeps of a branch's tokens."""
+    tokens = branch.tokens
+    if tokens is None:
+        return {"tokens": 0, "token_reason": branch.token_reason}
+    return {
+        "tokens": tokens.number,
+        "token_flops": tokens.flops,
+        "spared_flops": tokens.spared_flops,
+        "scores": tuple(word for word in ("keys", "queries") if getattr(tokens, word) is not None),
+        "grid": tokens.grid,
+    }
 
 
 def _within(branches: Sequence[Branch], budget: int) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:

@@ -20,11 +20,13 @@ from omnifx.conditions import Table
 from omnifx.conductor import Call, Conductor, Part
 from omnifx.grid import low_pass
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.plan import REUSE, Row
+from omnifx.plan import COMPUTE, Plan, Row, is_partial, reads_caches
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
+from omnifx.streams import Stream
+from omnifx.tokens import Selection
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
@@ -46,6 +48,8 @@ class Job:
     """The graph's symbolic sizes in this call."""
     cuts: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Scores and stamps of tokens, by label."""
     computed: int = 0
     """FLOPs beside those of the variant."""
 
@@ -100,19 +104,28 @@ class Runner:
         program, conductor = self.program, self.conductor
         if self.inactive or not self.policy.needs_profile or not program.names:
             return [program.plain]
-        full = program.full(measures=False)
+        full = program.full(measures=False, selection=self.policy.selection)
         if conductor is None:
             return [full, program.reusing(program.reuse_row, corrects=False)]
         if not conductor.entries or conductor.record_only:
-            rows = [row for row in self.policy.rows(len(program.names)) if REUSE in row]
+            rows = [row for row in self.policy.rows(len(program.names)) if reads_caches(row)]
             return [full, *(program.reusing(row, corrects=self.policy.uses_noise) for row in rows)]
-        specs = [full]
+        specs: list[VariantSpec] = []
         for entry in conductor.entries:
-            if len(entry.plan.branches) == len(program.names):
-                specs += [
-                    program.reusing(row, corrects=entry.plan.reads_noise) for row in entry.plan.variants if REUSE in row
-                ]
+            specs.append(program.full(measures=False, selection=entry.plan.selection))
+            specs += self._specs_of(entry.plan, entry.plan.variants, corrects=entry.plan.reads_noise)
         return list(dict.fromkeys(specs))
+
+    def _specs_of(self, plan: Plan, rows: Sequence[Row], *, corrects: bool) -> list[VariantSpec]:
+        """The variants of those rows that read caches, as far as they are possible here."""
+        program = self.program
+        fitting = [row for row in rows if reads_caches(row) and len(row) == len(program.names)]
+        possible = [row for row in fitting if not program.refusal_of(row, plan.tokens)]
+        return [program.reusing(row, corrects=corrects, selection=plan.selection) for row in possible]
+
+    def _selection(self, stream: Stream) -> Selection | None:
+        """How a stream's plan chooses tokens; while it is recorded, how the policy will."""
+        return stream.selection if stream.entries else self.policy.selection
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -148,9 +161,15 @@ class Runner:
                 reading,
                 args[latents] if latents is not None else None,
                 weights=part.watch.version,
-                num_bytes=self.program.cache_bytes_at(sizes),
+                num_bytes=self.program.cache_bytes_at(sizes) + self._token_bytes(),
             )
             return self._job(call, part, reading.small, sizes)
+
+    def _token_bytes(self) -> int:
+        """Bytes that a stream needs for partial branches, under any plan known or to come."""
+        entries = self.conductor.entries if self.conductor is not None else ()
+        selections = {self.policy.selection, *(entry.plan.selection for entry in entries)}
+        return max(map(self.program.token_bytes, selections))
 
     def _join(self, args: list[Any]) -> Job | None:
         """A call of one of the graphs of the step under way."""
@@ -171,13 +190,14 @@ class Runner:
         if len(row) != len(self.program.names):
             row = self.program.compute_row
         job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
-        if REUSE in row and (reason := self._refusal(job)):
+        if reads_caches(row) and (reason := self._refusal(job)):
             job.row, job.reason = self.program.compute_row, reason
             call.correction = None
             call.stream.on_plan = False
         keys = {cut: part.key(cut) for cut in self.program.cut_values} if part.prefix else None
         job.cuts = dict(cache.cuts) if keys is None else {c: cache.cuts[k] for c, k in keys.items() if k in cache.cuts}
         job.noise = dict(cache.noise)
+        job.tokens = dict(cache.tokens)
         return job
 
     @property
@@ -189,12 +209,19 @@ class Runner:
     def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
-        for cut in self.program.cuts_of(self.program.reusing(job.row, corrects=False)):
+        stream = job.call.stream
+        tokens = stream.entries[0].plan.tokens if stream.entries else ()
+        if reason := self.program.refusal_of(job.row, tokens):
+            return reason
+        spec = self.program.reusing(job.row, corrects=stream.reads_noise, selection=stream.selection)
+        for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
-        variant = self._compiled(self.program.reusing(job.row, corrects=job.call.stream.reads_noise))
+        variant = self._compiled(spec)
+        if missing := [label for label in variant.extra_inputs if label.startswith("score:") and label not in cache.tokens]:
+            return f"no tokens are scored yet by {missing[0].removeprefix('score:')}"
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
@@ -203,9 +230,10 @@ class Runner:
 
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
         program, call, stream = self.program, job.call, job.call.stream
-        computes = REUSE not in job.row
+        computes = not reads_caches(job.row)
         if not computes:
-            variant = self._compiled(program.reusing(job.row, corrects=stream.reads_noise))
+            spec = program.reusing(job.row, corrects=stream.reads_noise, selection=stream.selection)
+            variant = self._compiled(spec)
         else:
             variant = self._compiled(self._full_spec(job))
         if call.stream.step == 0:
@@ -230,7 +258,7 @@ class Runner:
             return program.plain
         if job.call.stream.homeless and job.sizes.allows(self._compiled(program.plain).guards):
             return program.plain
-        return program.full(measures=False)
+        return program.full(measures=False, selection=self._selection(job.call.stream))
 
     def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
         """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
@@ -249,7 +277,7 @@ class Runner:
                 job.computed += variant.flops
         job.cuts.clear()
         with self._lock:
-            for cut in program.cut_values:
+            for cut in (*program.cut_values, *program.held_values):
                 stream.cache.cuts.pop(job.part.key(cut), None)
         return cached
 
@@ -266,7 +294,7 @@ class Runner:
         return self.program.variant(spec)
 
     def _uncorrected_inputs(self, variant: Variant, job: Job, args: list[Any]) -> list[Tensor]:
-        """The job's cuts and conditions, and zeros for all that a correction would read."""
+        """The job's cuts and conditions, and zeros for all that a correction or the choice of tokens would read."""
         conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
@@ -293,6 +321,11 @@ class Runner:
             elif kind == "noise":
                 held = job.noise.get(int(name))
                 values.append(_zeros_like(fake, job.sizes) if held is None else held)
+            elif kind in ("score", "stamp"):
+                held = job.tokens.get(label)
+                values.append(_zeros_like(fake, job.sizes) if held is None else held)
+            elif kind == "age":
+                values.append(torch.tensor(float(job.call.stream.age), device=fake.device))
             elif kind == "coefficients":
                 values.append(self._coefficient_tensor(job.call, fake.device))
             else:  # low_pass:<size>
@@ -350,24 +383,43 @@ class Runner:
         stream, program, part = job.call.stream, self.program, job.part
         for label, value in zip(variant.extra_outputs, extra, strict=True):
             kind, _, name = label.partition(":")
+            if kind in ("score", "stamp"):
+                job.tokens[label] = value if program.lowering.owns_outputs else value.clone()
             if kind != "cut":
                 continue
-            strides = job.sizes.strides(program.cut_values[name])
+            fake = program.cut_values[name] if name in program.cut_values else program.held_values[name]
+            strides = job.sizes.strides(fake)
             if value.stride() != strides:
                 value = value.new_empty_strided(value.shape, strides).copy_(value)
             elif not program.lowering.owns_outputs:
                 value = value.clone()  # the memory of CUDA graphs is overwritten by their next replay
             job.cuts[name] = value
-        if REUSE not in job.row:
+        if not reads_caches(job.row):
             stream.scale = 1.0
             stream.has_noise = False
+        self._count_tokens(job)
         if not variant.extra_outputs:
             return
         with self._lock:
             if self._conductor.store.holds(stream.key):
                 stream.cache.cuts.update({part.key(name): value for name, value in job.cuts.items()})
-                if REUSE not in job.row:
+                stream.cache.tokens = dict(job.tokens)
+                if not reads_caches(job.row):
                     stream.cache.weights[part.index] = job.weights
+
+    def _count_tokens(self, job: Job) -> None:
+        """Let a partial step's tokens grow older, and note which branches were computed whole."""
+        stream = job.call.stream
+        if not reads_caches(job.row):
+            stream.age = 0
+            job.tokens = {label: value for label, value in job.tokens.items() if not label.startswith("stamp:")}
+            return
+        stream.age += is_partial(job.row)
+        for branch, action in zip(self.program.branches, job.row, strict=True):
+            if action == COMPUTE and branch.tokens is not None and stream.selection is not None:
+                device = self.program.cut_values[branch.cuts[0]].device
+                size = (branch.tokens.batch, branch.tokens.number)
+                job.tokens[f"stamp:{branch.name}"] = torch.full(size, float(stream.age), device=device)
 
     def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
         """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
@@ -402,13 +454,15 @@ class Runner:
         program, stream = self.program, job.call.stream
         if stream.homeless:
             return
-        for row in {job.part.row_in(row) for e in stream.entries for row in e.plan.variants if REUSE in row}:
-            if REUSE in row and len(row) == len(program.names):
-                self._compiled(program.reusing(row, corrects=stream.reads_noise))
+        for entry in stream.entries:
+            rows = list(dict.fromkeys(map(job.part.row_in, entry.plan.variants)))
+            for spec in self._specs_of(entry.plan, rows, corrects=stream.reads_noise):
+                self._compiled(spec)
         if program.side_effects:
             return
-        unchecked = [v for v in program.variants.values() if REUSE in v.spec.row and job.sizes not in v.checked]
-        for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
+        unchecked = [v for v in program.variants.values() if reads_caches(v.spec.row) and job.sizes not in v.checked]
+        able = [v for v in unchecked if job.cuts.keys() >= set(program.cuts_of(v.spec))]
+        for variant in [v for v in able if job.sizes.allows(v.guards)]:
             variant.checked.add(job.sizes)
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
             for i in program.noisy:

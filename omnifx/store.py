@@ -25,6 +25,9 @@ class StreamCache:
     """By part and node name; [as the branch made them], from the last step that computed the branch."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     """By output position: q of the last full step that measured it."""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """By label: scores of tokens from the last step that computed their attention, and the age at which each was
+    computed last (``stamp:``; zeros if absent)."""
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By part: versions of the weights, the model's and the part's, that computed its cuts."""
 
@@ -35,12 +38,13 @@ class StreamCache:
         return sum(storages.values())
 
     def _tensors(self) -> itertools.chain[Tensor]:
-        return itertools.chain(self.cuts.values(), self.noise.values())
+        return itertools.chain(self.cuts.values(), self.noise.values(), self.tokens.values())
 
     def clear(self) -> None:
         """Forget everything."""
         self.cuts.clear()
         self.noise.clear()
+        self.tokens.clear()
 
 
 class CacheStore:

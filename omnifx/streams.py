@@ -11,6 +11,7 @@ from omnifx.plan import Plan
 from omnifx.profile import Profile
 from omnifx.runlog import GenerationLog, Log
 from omnifx.store import CacheStore, StreamCache
+from omnifx.tokens import Selection
 
 if TYPE_CHECKING:
     from omnifx.recording import Recording
@@ -52,12 +53,18 @@ class Stream:
     scale: float = 1.0  # what the last known noise is multiplied by
     has_noise: bool = False
     on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
+    age: int = 0  # partial steps since the last full one, as tokens count them
     homeless: bool = False  # whether its caches alone are over the budget, so that it has none
 
     @property
     def reads_noise(self) -> bool:
         """Whether any plan that still fits corrects outputs."""
         return any(entry.plan.reads_noise for entry in self.entries)
+
+    @property
+    def selection(self) -> Selection | None:
+        """How the plans that still fit choose tokens."""
+        return next((entry.plan.selection for entry in self.entries), None)
 
     @property
     def is_last_step(self) -> bool:
