@@ -218,7 +218,9 @@ class Program:
             found = branch.tokens.number if branch.tokens is not None else 0
             if partial_tokens(action) and (at >= len(tokens) or tokens[at] != found):
                 here = branch.token_reason or f"it has {found}"
-                return f"the plan computes some of {tokens[at] if at < len(tokens) else 0} tokens of {branch.name}: {here}"
+                return (
+                    f"the plan computes some of {tokens[at] if at < len(tokens) else 0} tokens of {branch.name}: {here}"
+                )
         return ""
 
     def variant(self, spec: VariantSpec) -> Variant:

@@ -220,7 +220,9 @@ class Runner:
         if cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
         variant = self._compiled(spec)
-        if missing := [label for label in variant.extra_inputs if label.startswith("score:") and label not in cache.tokens]:
+        if missing := [
+            label for label in variant.extra_inputs if label.startswith("score:") and label not in cache.tokens
+        ]:
             return f"no tokens are scored yet by {missing[0].removeprefix('score:')}"
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"

@@ -110,7 +110,9 @@ def gives_bonus(selection: Selection, grid: tuple[int, int] | None) -> bool:
 
 def _with_bonus(total: Tensor, bonus: float, window: int, grid: tuple[int, int]) -> Tensor:
     rows, columns = (size // window for size in grid)
-    windows = total.reshape(-1, rows, window, columns, window).permute(0, 1, 3, 2, 4).reshape(-1, rows, columns, window**2)
+    windows = (
+        total.reshape(-1, rows, window, columns, window).permute(0, 1, 3, 2, 4).reshape(-1, rows, columns, window**2)
+    )
     best = windows.argmax(-1, keepdim=True) == torch.arange(window**2, device=total.device)
     windows = windows + bonus * windows * best
     return windows.reshape(-1, rows, columns, window, window).permute(0, 1, 3, 2, 4).reshape(total.shape)

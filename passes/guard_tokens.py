@@ -52,23 +52,30 @@ class GuardTokens(Pass):
 
     def requires(self, gm: fx.GraphModule) -> None:
         require_branches(self, gm, tuple(name for name, _ in self.partial))
+        proofs = prove(gm, [branches_of(gm)[name] for name, _ in self.partial])
         for name, k in self.partial:
-            proof = prove(gm, branches_of(gm)[name])
+            proof = proofs[name]
             if isinstance(proof, str):
-                raise PassError(f"{self.name}: {name} cannot be computed for some tokens alone: {proof}. Reuse it whole.")
+                raise PassError(
+                    f"{self.name}: {name} cannot be computed for some tokens alone: {proof}. Reuse it whole."
+                )
             if not 1 <= k <= proof.number:
-                raise PassError(f"{self.name}: {name} has {proof.number} tokens, of which 1 to all can be computed, got {k}.")
+                raise PassError(
+                    f"{self.name}: {name} has {proof.number} tokens, of which 1 to all can be computed, got {k}."
+                )
 
     def call(self, gm: fx.GraphModule) -> bool:
         state = _State(gm, self.selection)
-        for name, k in self.partial:
-            branch = branches_of(gm)[name]
-            proof = prove(gm, branch)
+        branches = branches_of(gm)
+        proofs = prove(gm, [branches[name] for name, _ in self.partial])
+        replaced: dict[fx.Node, fx.Node] = {}  # cuts of earlier branches
+        for name, k in sorted(self.partial, key=lambda entry: list(branches).index(entry[0])):
+            proof = proofs[name]
             assert isinstance(proof, Proof)  # `requires` saw to it
-            index = state.index(branch, proof, k)
-            copies = _copy(gm, proof, index, k)
-            state.score_again(branch, proof, copies, index)
-            _scatter(gm, proof, copies[proof.cut], index)
+            index = state.index(branches[name], proof, k)
+            copies = _copy(gm, proof, index, k, replaced)
+            state.score_again(branches[name], proof, copies, index)
+            replaced[proof.cut] = _scatter(gm, proof, copies[proof.cut], index)
         state.write()
         return bool(self.partial)
 
@@ -95,11 +102,13 @@ class _State:
         like: Tensor = proof.cut.meta["val"]
         if selection is None:
             label = f"index:{branch.name}"
-            return insert_input(gm, "index", label=label, like=like.new_empty((proof.batch, k), dtype=torch.int64))
+            return insert_input(
+                gm, f"index_{proof.cut.name}", label=label, like=like.new_empty((proof.batch, k), dtype=torch.int64)
+            )
         floats = like.new_empty((proof.batch, proof.number), dtype=torch.float32)
         if self.age is None:
             self.age = insert_input(gm, "age", label="age:", like=floats.new_empty(()))
-        stamp = insert_input(gm, "stamp", label=f"stamp:{branch.name}", like=floats)
+        stamp = insert_input(gm, f"stamp_{proof.cut.name}", label=f"stamp:{branch.name}", like=floats)
         source = source_of(branch, selection)
         start, grid = (source.start if source else 0), (branch.tokens.grid if branch.tokens else None)
 
@@ -120,7 +129,9 @@ class _State:
         """[B, total], float32: how important an attention's tokens are."""
         if source.node not in self.scores:
             value = like.new_empty((like.shape[0], source.total))
-            self.scores[source.node] = insert_input(self.gm, "score", label=f"score:{source.node}", like=value)
+            self.scores[source.node] = insert_input(
+                self.gm, f"score_{source.node}", label=f"score:{source.node}", like=value
+            )
         return self.scores[source.node]
 
     def score_again(self, branch: Branch, proof: Proof, copies: dict[fx.Node, fx.Node], index: fx.Node) -> None:
@@ -147,14 +158,17 @@ class _State:
             append_output(self.gm, node, label=label)
 
 
-def _copy(gm: fx.GraphModule, proof: Proof, index: fx.Node, k: int) -> dict[fx.Node, fx.Node]:
+def _copy(
+    gm: fx.GraphModule, proof: Proof, index: fx.Node, k: int, replaced: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
     """The nodes of the proof once more, for `k` tokens; all stand before the cut."""
     copies: dict[fx.Node, fx.Node] = {}
     gathered: dict[tuple[fx.Node, Layout], fx.Node] = {}
     held: dict[fx.Node, fx.Node] = {}
     for node in [node for node in gm.graph.nodes if node in proof.layouts]:
         operands = dict(copies)
-        for parent, layout in proof.gathered.get(node, {}).items():
+        for original, layout in proof.gathered.get(node, {}).items():
+            parent = replaced.get(original, original)
             if (parent, layout) not in gathered:
                 if parent in proof.held and parent not in held:
                     held[parent] = _cached(gm, parent)
@@ -173,7 +187,9 @@ def _copy(gm: fx.GraphModule, proof: Proof, index: fx.Node, k: int) -> dict[fx.N
         copy.meta = {**node.meta, "val": _value(gm, copy)}
         value = copy.meta["val"]
         if isinstance(value, Tensor) and tuple(value.shape) != shape_with(layout, k):
-            raise PassError(f"{copy.name} has the shape {tuple(value.shape)}, expected {shape_with(layout, k)}. This is a bug.")
+            raise PassError(
+                f"{copy.name} has the shape {tuple(value.shape)}, expected {shape_with(layout, k)}. This is a bug."
+            )
         copies[node] = copy
     return copies
 
@@ -198,7 +214,9 @@ def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
             operand = node.args[0]
             assert isinstance(operand, fx.Node)
             with gm.graph.inserting_before(node):
-                dense = gm.graph.call_function(aten.clone.default, (operand,), {"memory_format": torch.contiguous_format})
+                dense = gm.graph.call_function(
+                    aten.clone.default, (operand,), {"memory_format": torch.contiguous_format}
+                )
             dense.meta = {**operand.meta, "val": operand.meta["val"].clone(memory_format=torch.contiguous_format)}
             node.args = (dense, *node.args[1:])
             return dense.meta["val"].view(node.args[1])
@@ -229,7 +247,7 @@ def _gather(layout: Layout, k: int, *, batch: int) -> Callable[[Tensor, Tensor],
     return gather
 
 
-def _scatter(gm: fx.GraphModule, proof: Proof, fresh: fx.Node, index: fx.Node) -> None:
+def _scatter(gm: fx.GraphModule, proof: Proof, fresh: fx.Node, index: fx.Node) -> fx.Node:
     """Let everything behind the cut read the cached one with the fresh tokens in it, which also is an output."""
     cut, layout = proof.cut, proof.layouts[proof.cut]
     factors = [factor for axis in layout for factor in axis]
@@ -255,6 +273,7 @@ def _scatter(gm: fx.GraphModule, proof: Proof, fresh: fx.Node, index: fx.Node) -
     whole = inline(gm, scatter, [_cached(gm, cut), fresh, index], before=cut)
     cut.replace_all_uses_with(whole)
     append_output(gm, whole, label=f"cut:{cut.name}")
+    return whole
 
 
 __all__ = ["GuardTokens"]

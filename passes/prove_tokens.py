@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from omnifx.errors import PassError
 from omnifx.flops import is_attention, node_flops, num_bytes
 from omnifx.graph import (
     ANALYSIS,
+    EXTRA_INPUTS,
     Analysis,
     BitSets,
     Branch,
@@ -403,7 +404,12 @@ def _item(node: fx.Node, layout: Layout) -> list[Demand]:
         return [(parent, layout)]
     if packet is aten.native_layer_norm:
         shape = _shape(_operand(parent))
-        return [(parent, tuple(a if i < len(shape) - len(parent.args[1]) else _plain(shape[i]) for i, a in enumerate(layout)))]  # type: ignore[arg-type]
+        return [
+            (
+                parent,
+                tuple(a if i < len(shape) - len(parent.args[1]) else _plain(shape[i]) for i, a in enumerate(layout)),
+            )
+        ]  # type: ignore[arg-type]
     raise _Refused(f"nothing proves that {packet} ({parent.name}) works token by token")
 
 
@@ -458,35 +464,45 @@ class Proof:
     """What of it is computed whole, for however few tokens."""
 
 
-def prove(gm: fx.GraphModule, branch: Branch) -> Proof | str:
-    """The proof that a branch works token by token in this graph, or the reason why there is none."""
-    try:
-        return _Prover(gm, branch).run()
-    except _Refused as refusal:
-        return str(refusal)
+def prove(gm: fx.GraphModule, branches: Sequence[Branch]) -> dict[str, Proof | str]:
+    """By branch: the proof that it works token by token in this graph, or the reason why there is none."""
+    inputs = analysis_of(gm).inputs
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    latents = [placeholders[i] for i in (inputs.latents, *inputs.further_latents) if i is not None]
+    caches = placeholders[len(placeholders) - len(gm.meta.get(EXTRA_INPUTS, ())) :]  # cuts of reused branches
+    moving = _below([*latents, *caches])
+    nodes, order = nodes_by_name(gm), {node: i for i, node in enumerate(gm.graph.nodes)}
+    found: dict[str, Proof | str] = {}
+    for branch in branches:
+        try:
+            found[branch.name] = _Prover(branch, nodes, order, moving).run()
+        except _Refused as refusal:
+            found[branch.name] = str(refusal)
+    return found
 
 
 class _Prover:
     """One proof."""
 
-    def __init__(self, gm: fx.GraphModule, branch: Branch) -> None:
+    def __init__(
+        self, branch: Branch, nodes: dict[str, fx.Node], order: dict[fx.Node, int], moving: dict[fx.Node, None]
+    ) -> None:
         self.branch = branch
-        self.nodes = nodes_by_name(gm)
-        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.nodes = nodes
+        self.order = order
+        self.moving = moving  # what depends on the latents
         if branch.kind == "joint_attention":
             raise _Refused("it is a joint attention, whose keys and values need every token")
         if len(branch.cuts) != 1:
             raise _Refused(f"it has {len(branch.cuts)} cuts, expected one")
         self.cut = self.nodes[branch.cuts[0]]
-        inputs = analysis_of(gm).inputs
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        moving = [i for i in (inputs.latents, *inputs.further_latents) if i is not None]
-        self.moving = _below(placeholders[i] for i in moving)
         self.own = dead_without([self.cut])
 
     def run(self) -> Proof:
         start = layout_at(self.nodes, self.branch, self.cut)
-        mixed = [n for n in self.own if n in self.moving and getattr(n.target, "overloadpacket", None) is aten.convolution]
+        mixed = [
+            n for n in self.own if n in self.moving and getattr(n.target, "overloadpacket", None) is aten.convolution
+        ]
         if mixed:
             first = min(mixed, key=self.order.__getitem__)
             raise _Refused(f"{first.name} is a convolution, which mixes neighbouring tokens")
@@ -557,10 +573,15 @@ class _Prover:
 
 def layout_at(nodes: dict[str, fx.Node], branch: Branch, cut: fx.Node) -> Layout:
     """The layout of a cut, from that of the residual add which it leads to."""
-    below = _below([cut])
-    add = next((nodes[name] for name in branch.adds if name in nodes and nodes[name] in below), None)
-    if add is None:
-        raise _Refused("its cut leads to no residual add")
+    adds = {nodes[name] for name in branch.adds if name in nodes}
+    below, node = {cut: None}, cut
+    while node not in adds or node not in below:
+        node = node.next
+        if node.op == "output":
+            raise _Refused("its cut leads to no residual add")
+        if any(parent in below for parent in node.all_input_nodes):
+            below[node] = None
+    add = node
     found: dict[fx.Node, Layout] = {add: layout_of_trunk(add)}
     for node in reversed(list(below)):
         if node is cut and node in found:
@@ -593,7 +614,7 @@ def _picks_tokens(node: fx.Node, layout: Layout) -> bool:
     return False
 
 
-def _below(nodes: Any) -> dict[fx.Node, None]:
+def _below(nodes: Iterable[fx.Node]) -> dict[fx.Node, None]:
     """The nodes that descend from some, themselves included, in graph order."""
     found: dict[fx.Node, None] = dict.fromkeys(nodes)
     for start in list(found)[:1]:
@@ -627,7 +648,8 @@ class ProveTokens(Pass):
     def call(self, gm: fx.GraphModule) -> bool:
         analysis = analysis_of(gm)
         sources = _Sources(gm, analysis)
-        branches = tuple(_proven(gm, branch, sources) for branch in analysis.branches)
+        proofs = prove(gm, analysis.cacheable)
+        branches = tuple(_proven(gm, b, proofs[b.name], sources) if b.cacheable else b for b in analysis.branches)
         gm.meta[ANALYSIS] = replace(analysis, branches=branches)
         return False
 
@@ -637,10 +659,7 @@ class ProveTokens(Pass):
             raise PassError(f"{self.name}: the branches {open_} have neither tokens nor a reason.")
 
 
-def _proven(gm: fx.GraphModule, branch: Branch, sources: _Sources) -> Branch:
-    if not branch.cacheable:
-        return branch
-    proof = prove(gm, branch)
+def _proven(gm: fx.GraphModule, branch: Branch, proof: Proof | str, sources: _Sources) -> Branch:
     if isinstance(proof, str):
         return replace(branch, tokens=None, token_reason=proof)
     tokens = Tokens(
@@ -712,7 +731,12 @@ class _Sources:
 
     def _keep(self, branch: Branch, attention: fx.Node, layout: Layout, add: fx.Node) -> None:
         samples, heads, queries, _ = layout
-        if len(queries) != 1 or queries[0].tag != "token" or any(f.tag != "batch" for f in samples) or _has([heads], "batch"):
+        if (
+            len(queries) != 1
+            or queries[0].tag != "token"
+            or any(f.tag != "batch" for f in samples)
+            or _has([heads], "batch")
+        ):
             return
         same = _shape(_operand(attention, 1))[-2] == queries[0].of
         if branch.kind in LOOKS_AT_ITSELF and not same:

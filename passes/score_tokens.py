@@ -40,7 +40,9 @@ class ScoreTokens(Pass):
         sources = {source.node: None for b in self._partial(gm) if (source := source_of(b, self.selection)) is not None}
         for name in sources:
             if name in nodes:
-                score = inline(gm, scorer(self.selection, nodes[name]), attention_inputs(nodes[name]), before=output_of(gm))
+                score = inline(
+                    gm, scorer(self.selection, nodes[name]), attention_inputs(nodes[name]), before=output_of(gm)
+                )
                 append_output(gm, score, label=f"score:{name}")
         return any(name in nodes for name in (*held, *sources))
 
@@ -65,8 +67,8 @@ def scorer(selection: Selection, node: fx.Node) -> Callable[..., Tensor]:
     """The function from an attention's inputs to its tokens' importance."""
     scale = _argument(node, "scale")
 
-    def score(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        found = importance(selection, query, key, value, mask, scale)
+    def score(query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
+        found = importance(selection, query, key, value, mask[0] if mask else None, scale)
         assert found is not None  # a selection without a score has no sources
         return found
 

@@ -89,13 +89,17 @@ def test_without_a_score_there_is_no_importance() -> None:
     assert importance(Selection(score="none", staleness=0.0), *queries_keys_values(), None, None) is None
 
 
-def chosen(selection: Selection, score: Tensor | None, counts: Tensor, k: int, grid: tuple[int, int] | None) -> list[set[int]]:
+def chosen(
+    selection: Selection, score: Tensor | None, counts: Tensor, k: int, grid: tuple[int, int] | None
+) -> list[set[int]]:
     """Tokens by sample; counts are ages minus stamps."""
     age = torch.tensor(7.0)
     return [set(row.tolist()) for row in choose(selection, score, age - counts, age, k, grid)]
 
 
-@given(seed=st.integers(0, 2**20), k=st.integers(1, 16), bonus=st.sampled_from([0.0, 0.4]), staleness=st.floats(0.0, 0.3))
+@given(
+    seed=st.integers(0, 2**20), k=st.integers(1, 16), bonus=st.sampled_from([0.0, 0.4]), staleness=st.floats(0.0, 0.3)
+)
 @settings(max_examples=60, deadline=None)
 def test_the_k_largest_sums_are_chosen(seed: int, k: int, bonus: float, staleness: float) -> None:
     score, counts = noise(2, 16, seed=seed).abs(), noise(2, 16, seed=seed + 1).abs().mul(3).floor()

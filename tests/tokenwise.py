@@ -1,7 +1,8 @@
-"""Token-wise caching without any of our code: eager models with hooks that give out old rows, from the papers' formulas.
+"""Token-wise caching without our code: eager models with hooks that give out old rows, from the papers' formulas.
 
-`TokenReference` runs a model step by step. A full step ("F") keeps what modules make; a partial one ("P") lets attentions
-give their old outputs and other modules new rows for the tokens with the largest scores; "R" gives out old outputs alone.
+`TokenReference` runs a model step by step. A full step ("F") keeps what modules make; a partial one ("P") lets
+attentions give their old outputs, and other modules new rows for the tokens with the largest scores; "R" gives out old
+outputs alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import omnifx
-from omnifx.plan import Plan
+from omnifx.plan import Plan, partial_tokens
 from omnifx.policy import Policy
 from omnifx.session import find_session
 from tests.reuse import EAGER
@@ -149,23 +150,28 @@ class PlannedRun:
 
 
 def run_planned(
-    model: nn.Module, policy: Policy, inputs: Callable[[int, Tensor], dict[str, Any]], start: Tensor, steps: int, **options: Any
+    model: nn.Module,
+    policy: Policy,
+    inputs: Callable[[int, Tensor], dict[str, Any]],
+    start: Tensor,
+    steps: int,
+    **options: Any,
 ) -> PlannedRun:
     """Measure one generation, and run a second one from `start` under the policy's plan."""
     fast = torch.compile(model, backend="omnicache", options={**EAGER, "policy": policy, **options}, fullgraph=True)
-    for step, _ in drive(fast, inputs, 0.9 * start, steps):
+    for _ in drive(fast, inputs, 0.9 * start, steps):
         pass
     chosen: Chosen = {}
     outputs = []
+    (runner,) = find_session(fast).runners
     for step, output in drive(fast, inputs, start, steps):
         outputs.append(output)
-        (runner,) = find_session(fast).runners
         assert runner.conductor is not None
         for stream in runner.conductor.streams:
-            for label, stamps in stream.cache.tokens.items():
-                kind, _, branch = label.partition(":")
-                fresh = stamps == stream.age
-                if kind == "stamp" and stream.age and bool(fresh.any()) and not bool(fresh.all()):
+            (plan,) = (entry.plan for entry in stream.entries)
+            for branch, action in zip(plan.branches, plan.row_of(step), strict=True):
+                if partial_tokens(action):
+                    fresh = stream.cache.tokens[f"stamp:{branch}"] == stream.age
                     chosen[step, branch] = [row.nonzero().flatten().tolist() for row in fresh]
     stats = omnifx.stats(fast)
     (entry,) = runner.conductor.entries

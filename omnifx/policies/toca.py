@@ -250,15 +250,16 @@ def layers_of(branches: Sequence[BranchMeta], *, depth: int | None) -> list[floa
     for stack, number in places:
         stacks.setdefault(stack, []).append(number)
     orders = {stack: sorted(set(numbers)) for stack, numbers in stacks.items()}
-    return [
-        orders[stack].index(number) / (depth or max(1, len(orders[stack]) - 1)) for stack, number in places
-    ]
+    return [orders[stack].index(number) / (depth or max(1, len(orders[stack]) - 1)) for stack, number in places]
 
 
 def _notes(branches: Sequence[BranchMeta], selection: Selection) -> list[str]:
     """What is not done by tokens, and why; what tokens are not scored by."""
     reasons = Counter((branch.kind, branch.token_reason) for branch in branches if not branch.tokens)
-    notes = [f"{count} {kind} reused whole: {reason or 'nothing is known of their tokens'}" for (kind, reason), count in reasons.items()]
+    notes = [
+        f"{count} {kind} reused whole: {reason or 'nothing is known of their tokens'}"
+        for (kind, reason), count in reasons.items()
+    ]
     able = [branch for branch in branches if branch.tokens]
     wanted = "queries" if selection.score in NEEDS_QUERIES else "keys"
     blind = sum(wanted not in branch.scores for branch in able) if selection.score != "none" else 0

@@ -63,7 +63,9 @@ def test_chosen_rows_are_computed_and_the_others_are_the_cached_ones(name: str) 
         k = max(1, number // 3)
         (cut,), held = branch.cuts, branch.tokens.held
         true = values_of(traced, [cut, *held])
-        index = torch.stack([torch.randperm(number, generator=torch.Generator().manual_seed(b))[:k] for b in range(batch)])
+        index = torch.stack(
+            [torch.randperm(number, generator=torch.Generator().manual_seed(b))[:k] for b in range(batch)]
+        )
         old = noise(*true[cut].shape, seed=5)
         fed = {f"cut:{n}": v for n, v in true.items()} | {f"index:{branch.name}": index, f"cut:{cut}": old}
 
@@ -119,7 +121,9 @@ def test_a_graph_that_scores_returns_one_number_for_each_token() -> None:
     traced = trace(toy(2, text=24), *toy_inputs(2, text=24))
     ProveTokens()(traced.gm)
 
-    changed = ScoreTokens(branches=tuple(branches_of(traced.gm)), selection=Selection(score="kv-norm", staleness=0.1))(traced.gm)
+    changed = ScoreTokens(branches=tuple(branches_of(traced.gm)), selection=Selection(score="kv-norm", staleness=0.1))(
+        traced.gm
+    )
 
     assert changed is True
     labels = traced.gm.meta[EXTRA_OUTPUTS]
@@ -133,7 +137,9 @@ def test_without_a_score_nothing_is_appended() -> None:
     ProveTokens()(traced.gm)
     before = graph_text(traced.gm)
 
-    changed = ScoreTokens(branches=tuple(branches_of(traced.gm)), selection=Selection(score="none", staleness=0.1))(traced.gm)
+    changed = ScoreTokens(branches=tuple(branches_of(traced.gm)), selection=Selection(score="none", staleness=0.1))(
+        traced.gm
+    )
 
     assert changed is False
     assert graph_text(traced.gm) == before

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnifx.graph import Branch, TokenSource, graph_text
+from omnifx.passes.bind_sizes import BindSizes
+from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.prove_tokens import ProveTokens
 from tests.toys import TINY, Traced, free_toy, lively, noise, toy, toy_inputs, trace
 from tests.zoo.models import ZOO
@@ -82,7 +84,10 @@ MIXES = {
     "running sums": (lambda h: h.cumsum(1), "cumsum"),
     "samples joined with tokens": (lambda h: h.reshape(16, -1).softmax(0).reshape(h.shape), "."),
     "a convolution": (convolved, "is a convolution, which mixes neighbouring tokens"),
-    "tokens multiplied with each other": (lambda h: (h @ h.mT) @ h / 16, "has a column for each of the tokens|needs every token"),
+    "tokens multiplied with each other": (
+        lambda h: (h @ h.mT) @ h / 16,
+        "has a column for each of the tokens|needs every token",
+    ),
 }
 
 
@@ -162,6 +167,8 @@ def test_the_convolutions_of_a_mixing_mlp_are_refused() -> None:
 def test_symbolic_sizes_are_refused() -> None:
     traced = trace_dynamic(free_toy(), *toy_inputs())
 
+    BindSizes()(traced.gm)
+    FindBranches(static=frozenset(traced.static))(traced.gm)
     reasons = {branch.token_reason.split(",")[0] for branch in proven(traced).values()}
     assert "its sizes are symbolic" in reasons
 
