@@ -3,9 +3,9 @@
     python -m benchmarks.policies_partial [--models pixart dit] [--tokens 1024] [--depth 4] [--width 384]
         [--shares 0.1 0.25 0.5] [--scores kv-norm entropy attention none] [--repeats 9] [--threads 1] [--out FILE]
 
-Variants of one captured model run alone, in turn, on the same inputs and caches: everything computed, everything reused,
-and everything reused but a share of the tokens of all branches that work token by token. Their choice, gathers and
-scatters count in the time, but not in the FLOPs.
+Variants of one captured model run alone, in turn, on the same inputs and caches: everything computed, with and without
+scores, and everything reused but a share of the tokens of all branches that work token by token. Their choice, gathers
+and scatters count in the time, but not in the FLOPs.
 
 FLOPs share     of the partial variant, over the full one
 time share      the same of the medians of the pairwise ratios

@@ -314,6 +314,16 @@ def graph_text(gm: fx.GraphModule) -> str:
     return " | ".join(parts)
 
 
+def argument_of(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen operator by the name in its schema."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    if name in node.kwargs:
+        return node.kwargs[name]
+    at = names.index(name) if name in names else len(node.args)
+    return node.args[at] if at < len(node.args) else default
+
+
 def total_flops(gm: fx.GraphModule) -> int:
     """FLOPs of every node of the graph."""
     return sum(map(node_flops, gm.graph.nodes))
@@ -425,6 +435,7 @@ __all__ = [
     "Tokens",
     "analysis_of",
     "append_output",
+    "argument_of",
     "branches_of",
     "clone",
     "dead_without",

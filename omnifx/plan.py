@@ -219,8 +219,8 @@ class Plan(BaseModel):
             raise PlanError(f"Plan.load: {path} is not a plan: {problem}. Make it anew with `omnifx plan`.") from error
 
     def timeline(self) -> str:
-        """The plan in two lines of text: F a full step, r a reuse, m a row that mixes both, p one that computes some tokens,
-        c a corrected reuse."""
+        """The plan in two lines of text: F a full step, r a reuse, m a row that mixes both, p one that computes some
+        tokens, c a corrected reuse."""
         letters = []
         for step, row in zip(self.steps, self.rows, strict=True):
             letter = "F" if not reads_caches(row) else ("m" if COMPUTE in row else "r")

@@ -55,10 +55,9 @@ def importance(
     """
     if selection.score == "none":
         return None
-    if selection.score == "kv-norm":
-        return (1.0 - value.float().norm(dim=-1)).sum(1)
-    if selection.score in ("k-norm", "v-norm"):
-        return (key if selection.score == "k-norm" else value).float().norm(dim=-1).mean(1)
+    if selection.score in ("kv-norm", "k-norm", "v-norm"):
+        norms: Tensor = torch.linalg.vector_norm((key if selection.score == "k-norm" else value).float(), dim=-1)
+        return (1.0 - norms).sum(1) if selection.score == "kv-norm" else norms.mean(1)
     attention = _attention_map(query, key, mask, scale)
     if selection.score == "attention":
         return attention.sum(1)
@@ -93,7 +92,7 @@ def choose(
     """
     total = selection.staleness * (age - stamp)
     if score is not None:
-        total = total + score / score.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        total = total + score / torch.linalg.vector_norm(score, dim=1, keepdim=True).clamp_min(1e-12)
     if gives_bonus(selection, grid):
         assert grid is not None
         total = _with_bonus(total, selection.bonus, selection.window, grid)

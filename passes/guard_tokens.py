@@ -16,7 +16,7 @@ scattered into the score. Source: ToCa, arXiv:2410.05317; how a branch is split 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class GuardTokens(Pass):
-    """Make branches partial; inputs and outputs are ``cut:<node>``, ``stamp:<branch>``, ``score:<attention>``, ``age:``."""
+    """Make branches partial. They read ``cut:<node>``, ``stamp:<branch>``, ``score:<attention>`` and ``age:``, and
+    return what changes of these."""
 
     partial: tuple[tuple[str, int], ...]  # branches, and how many tokens of each sample are computed
     selection: Selection | None  # None: the tokens are inputs ``index:<branch>`` [B, k]
@@ -146,7 +147,7 @@ class _State:
         start = source.start
 
         def updated(score: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
-            return score.scatter(1, index + start, fresh)
+            return score.scatter(1, index + start if start else index, fresh)
 
         fresh = inline(self.gm, scorer(selection, made), attention_inputs(made), before=proof.cut)
         again = inline(self.gm, updated, [self.scores[source.node], index, fresh], before=proof.cut)
@@ -173,7 +174,7 @@ def _copy(
                 if parent in proof.held and parent not in held:
                     held[parent] = _cached(gm, parent)
                 source = held.get(parent, parent)
-                function = _gather(layout, k, batch=proof.batch)
+                function = _gather(layout, k)
                 gathered[parent, layout] = inline(gm, function, [source, index], before=proof.cut)
             operands[parent] = gathered[parent, layout]
         if node in proof.aliases:
@@ -200,7 +201,8 @@ def _cached(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
     """The fake value of a new node; a view that its operand's strides do not allow gets a contiguous operand."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    values: Any = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    args, kwargs = values
     mode = next((t.fake_mode for t in tensors_in((args, kwargs)) if hasattr(t, "fake_mode")), None)
     assert mode is not None  # captured graphs hold fake values
     if node.target is operator.getitem:
@@ -222,57 +224,69 @@ def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
             return dense.meta["val"].view(node.args[1])
 
 
-def _gather(layout: Layout, k: int, *, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+class _Rows:
+    """A layout taken apart: values as rows, one for each token of each sample, and back."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.factors = [factor for axis in layout for factor in axis]
+        tags = [factor.tag for factor in self.factors]
+        first = [tags.index(tag) for tag in ("batch", "token") if tag in tags]
+        self.order = first + [i for i in range(len(tags)) if i not in first]
+        self.token = self.factors[tags.index("token")]
+        self.batch = self.factors[tags.index("batch")] if "batch" in tags else None
+
+    @property
+    def rest(self) -> list[int]:
+        """The sizes of a row."""
+        return [self.factors[i].of for i in self.order if self.factors[i].tag == ""]
+
+    def rows(self, value: Tensor, tokens: int) -> Tensor:
+        """[samples * tokens, *rest] of a value that has this many tokens."""
+        if self.order != sorted(self.order):
+            sizes = [tokens if factor.tag == "token" else factor.of for factor in self.factors]
+            value = value.reshape(sizes).permute(self.order)
+        return value.reshape(-1, *self.rest)
+
+    def value(self, rows: Tensor, tokens: int, shape: Sequence[int]) -> Tensor:
+        """The value of a shape whose rows these are."""
+        if self.order != sorted(self.order):
+            back = [self.order.index(i) for i in range(len(self.order))]
+            samples = [self.batch.size] if self.batch is not None else []
+            rows = rows.reshape(*samples, tokens, *self.rest).permute(back)
+        return rows.reshape(shape)
+
+    def numbers(self, index: Tensor) -> Tensor:
+        """The numbers of the rows of some tokens [B, k]; samples that share one row each have the same."""
+        if self.token.start:
+            index = index + self.token.start
+        if self.batch is not None and self.batch.of == self.batch.size:
+            index = index + self.token.of * torch.arange(self.batch.size, device=index.device)[:, None]
+        return index.reshape(-1)
+
+
+def _gather(layout: Layout, k: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Takes a value and tokens [B, k], and gives the value with these tokens alone, in the same layout."""
-    factors = [factor for axis in layout for factor in axis]
-    tags = [factor.tag for factor in factors]
-    token = tags.index("token")
-    sample = tags.index("batch") if "batch" in tags else None
-    of, start = factors[token].of, factors[token].start
-    by_sample = sample is not None and factors[sample].of == batch  # else all samples have the same rows
-    first = ([sample] if sample is not None else []) + [token]
-    order = first + [i for i in range(len(factors)) if i not in first]
-    back = [order.index(i) for i in range(len(factors))]
-    rest = [factors[i].of for i in order[len(first) :]]
-    lead = [batch] if sample is not None else []
+    rows = _Rows(layout)
 
     def gather(value: Tensor, index: Tensor) -> Tensor:
-        rows = value.reshape([factor.of for factor in factors]).permute(order).reshape(-1, *rest)
-        picked = index + start
-        if by_sample:
-            picked = picked + of * torch.arange(batch, device=index.device)[:, None]
-        found = rows.index_select(0, picked.reshape(-1)).reshape(*lead, k, *rest)
-        return found.permute(back).reshape(shape_with(layout, k))
+        found = rows.rows(value, rows.token.of).index_select(0, rows.numbers(index))
+        return rows.value(found, k, shape_with(layout, k))
 
     return gather
 
 
 def _scatter(gm: fx.GraphModule, proof: Proof, fresh: fx.Node, index: fx.Node) -> fx.Node:
     """Let everything behind the cut read the cached one with the fresh tokens in it, which also is an output."""
-    cut, layout = proof.cut, proof.layouts[proof.cut]
-    factors = [factor for axis in layout for factor in axis]
-    tags = [factor.tag for factor in factors]
-    token, samples = tags.index("token"), "batch" in tags
-    first = ([tags.index("batch")] if samples else []) + [token]
-    order = first + [i for i in range(len(factors)) if i not in first]
-    back = [order.index(i) for i in range(len(factors))]
-    sizes = [factor.of for factor in factors]
-    rest = [sizes[i] for i in order[len(first) :]]
-    lead = [proof.batch] if samples else []
+    rows = _Rows(proof.layouts[proof.cut])
 
     def scatter(cached: Tensor, fresh: Tensor, index: Tensor) -> Tensor:
-        rows = cached.reshape(sizes).permute(order).reshape(-1, *rest)
-        few = [index.shape[1] if i == token else size for i, size in enumerate(sizes)]
-        new = fresh.reshape(few).permute(order).reshape(-1, *rest)
-        picked = index
-        if samples:
-            picked = picked + proof.number * torch.arange(proof.batch, device=index.device)[:, None]
-        rows = rows.index_put((picked.reshape(-1),), new)
-        return rows.reshape(*lead, proof.number, *rest).permute(back).reshape(cached.shape)
+        new = rows.rows(fresh, index.shape[1])
+        mixed = rows.rows(cached, proof.number).index_put((rows.numbers(index),), new)
+        return rows.value(mixed, proof.number, cached.shape)
 
-    whole = inline(gm, scatter, [_cached(gm, cut), fresh, index], before=cut)
-    cut.replace_all_uses_with(whole)
-    append_output(gm, whole, label=f"cut:{cut.name}")
+    whole = inline(gm, scatter, [_cached(gm, proof.cut), fresh, index], before=proof.cut)
+    proof.cut.replace_all_uses_with(whole)
+    append_output(gm, whole, label=f"cut:{proof.cut.name}")
     return whole
 
 

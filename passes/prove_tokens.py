@@ -37,6 +37,7 @@ from omnifx.graph import (
     Tokens,
     TokenSource,
     analysis_of,
+    argument_of,
     dead_without,
     nodes_by_name,
 )
@@ -69,8 +70,8 @@ Layout = tuple[Axis, ...]
 """The factors of each axis of a value; an axis of length 1 has none."""
 
 
-class _Refused(Exception):  # noqa: N818 - never leaves this file
-    """A value does not keep its tokens apart."""
+class _Refused(Exception):
+    """A value does not keep its tokens apart; never leaves this file."""
 
 
 def _plain(size: int) -> Axis:
@@ -194,18 +195,15 @@ def _operand(node: fx.Node, at: int = 0) -> fx.Node:
     return operand
 
 
-def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An argument of an ATen operator by the name in its schema."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    if name in node.kwargs:
-        return node.kwargs[name]
-    at = names.index(name) if name in names else len(node.args)
-    return node.args[at] if at < len(node.args) else default
+def _axis(node: fx.Node, at: int, rank: int) -> int:
+    """The axis that a positional argument names, from the front."""
+    axis: Any = node.args[at]
+    return int(axis) % rank
 
 
 def _axes(node: fx.Node, name: str, rank: int) -> list[int]:
     """The axes that an argument names, from the front; all if it names none."""
-    given = _argument(node, name)
+    given = argument_of(node, name)
     if given is None or given == []:
         return list(range(rank))
     return [axis % max(1, rank) for axis in ([given] if isinstance(given, int) else given)]
@@ -224,12 +222,12 @@ def _view(node: fx.Node, layout: Layout) -> list[Demand]:
 def _permute(node: fx.Node, layout: Layout) -> list[Demand]:
     parent = _operand(node)
     rank = len(layout)
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    packet = getattr(node.target, "overloadpacket", node.target)
     order = list(range(rank))
     if packet is aten.permute:
-        order = [axis % rank for axis in node.args[1]]  # type: ignore[union-attr,operator]
+        order = _axes(node, "dims", rank)
     else:
-        a, b = (0, rank - 1) if packet is aten.t else (node.args[1] % rank, node.args[2] % rank)  # type: ignore[operator]
+        a, b = (0, rank - 1) if packet is aten.t else (_axis(node, 1, rank), _axis(node, 2, rank))
         order[a], order[b] = order[b], order[a]
     found: list[Axis] = [()] * rank
     for axis, source in enumerate(order):
@@ -238,7 +236,7 @@ def _permute(node: fx.Node, layout: Layout) -> list[Demand]:
 
 
 def _unsqueeze(node: fx.Node, layout: Layout) -> list[Demand]:
-    axis = node.args[1] % len(layout)  # type: ignore[operator]
+    axis = _axis(node, 1, len(layout))
     return [(_operand(node), layout[:axis] + layout[axis + 1 :])]
 
 
@@ -251,7 +249,7 @@ def _squeeze(node: fx.Node, layout: Layout) -> list[Demand]:
 
 def _select(node: fx.Node, layout: Layout) -> list[Demand]:
     shape = _shape(_operand(node))
-    axis = node.args[1] % len(shape)  # type: ignore[operator]
+    axis = _axis(node, 1, len(shape))
     return [(_operand(node), (*layout[:axis], _plain(shape[axis]), *layout[axis:]))]
 
 
@@ -272,8 +270,8 @@ def _part(node: fx.Node, layout: Layout, axis: int, *, start: int, of: int) -> L
 
 def _slice(node: fx.Node, layout: Layout) -> list[Demand]:
     shape = _shape(_operand(node))
-    axis = _argument(node, "dim", 0) % len(shape)
-    start, end, step = (_argument(node, name) for name in ("start", "end", "step"))
+    axis = argument_of(node, "dim", 0) % len(shape)
+    start, end, step = (argument_of(node, name) for name in ("start", "end", "step"))
     if step not in (None, 1) or not all(isinstance(bound, int | None) for bound in (start, end)):
         raise _Refused(f"{node.name} takes every {step}th entry")
     first, _, _ = slice(start, end).indices(shape[axis])
@@ -281,7 +279,7 @@ def _slice(node: fx.Node, layout: Layout) -> list[Demand]:
 
 
 def _cat(node: fx.Node, layout: Layout) -> list[Demand]:
-    axis = _argument(node, "dim", 0) % len(layout)
+    axis = argument_of(node, "dim", 0) % len(layout)
     parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
     if not _has(layout[axis : axis + 1], "token"):
         _only_plain(node, layout[axis : axis + 1], "joins")
@@ -303,12 +301,12 @@ def _expand(node: fx.Node, layout: Layout) -> list[Demand]:
 
 
 def _pad(node: fx.Node, layout: Layout) -> list[Demand]:
-    parent, padding = _operand(node), node.args[1]
-    shape = _shape(parent)
+    parent, shape = _operand(node), _shape(_operand(node))
+    padding: Any = node.args[1]
     axes = list(layout)
-    for i in range(len(padding) // 2):  # type: ignore[arg-type]
+    for i in range(len(padding) // 2):
         axis = len(shape) - 1 - i
-        if any(padding[2 * i : 2 * i + 2]):  # type: ignore[index]
+        if any(padding[2 * i : 2 * i + 2]):
             _only_plain(node, layout[axis : axis + 1], "pads")
             axes[axis] = _plain(shape[axis])
     return [(parent, tuple(axes))]
@@ -333,7 +331,7 @@ def _reduce(node: fx.Node, layout: Layout) -> list[Demand]:
             axes.append(next(rest))
             continue
         axes.append(_plain(size))
-        if _argument(node, "keepdim", False):
+        if argument_of(node, "keepdim", False):
             next(rest)
     return [(parent, tuple(axes))]
 
@@ -344,7 +342,7 @@ def _first(node: fx.Node, layout: Layout) -> list[Demand]:
 
 
 def _layer_norm(node: fx.Node, layout: Layout) -> list[Demand]:
-    normed = len(node.args[1])  # type: ignore[arg-type]
+    normed = len(argument_of(node, "normalized_shape"))
     _only_plain(node, layout[len(layout) - normed :], "normalises over")
     return _first(node, layout)
 
@@ -364,7 +362,7 @@ def _product(node: fx.Node, layout: Layout) -> list[Demand]:
 
 def _attention(node: fx.Node, layout: Layout) -> list[Demand]:
     """Fused attention over [batch, heads, tokens, width]; the layout is that of its first value."""
-    if _argument(node, "is_causal", False) or _argument(node, "dropout_p", 0.0):
+    if argument_of(node, "is_causal", False) or argument_of(node, "dropout_p", 0.0):
         raise _Refused(f"{node.name} is causal, or drops at random")
     query, key, value = (_operand(node, at) for at in range(3))
     samples, heads, queries, _ = layout
@@ -376,7 +374,7 @@ def _attention(node: fx.Node, layout: Layout) -> list[Demand]:
         axes = (samples, heads if shape[1] == _length(heads) else _plain(shape[1]), _plain(keys), _plain(shape[-1]))
         demands.append((operand, axes if by_sample else None))
     for name in ("attn_mask", "attn_bias"):
-        if isinstance(mask := _argument(node, name), fx.Node):
+        if isinstance(mask := argument_of(node, name), fx.Node):
             demands.append((mask, _broadcast(_shape(mask), (samples, heads, queries, _plain(keys)))))
     return demands
 
@@ -390,26 +388,22 @@ def _item(node: fx.Node, layout: Layout) -> list[Demand]:
     if packet in (aten.split, aten.split_with_sizes, aten.chunk):
         source = _operand(parent)
         shape = _shape(source)
-        axis = _argument(parent, "dim", 0) % len(shape)
+        axis = argument_of(parent, "dim", 0) % len(shape)
         start = sum(int(item.shape[axis]) for item in parent.meta["val"][:at])
         whole = _part(node, layout, axis, start=start, of=shape[axis])
         return [(source if _has(layout[axis : axis + 1], "token") else parent, whole)]
     if packet is aten.unbind:
         shape = _shape(_operand(parent))
-        axis = _argument(parent, "dim", 0) % len(shape)
+        axis = argument_of(parent, "dim", 0) % len(shape)
         return [(parent, (*layout[:axis], _plain(shape[axis]), *layout[axis:]))]
     if packet is aten.var_mean:
         return [(parent, _reduce(parent, layout)[0][1])]
     if (packet is aten.native_layer_norm or packet in _FUSED) and at == 0:
         return [(parent, layout)]
-    if packet is aten.native_layer_norm:
+    if packet is aten.native_layer_norm:  # its means and deviations
         shape = _shape(_operand(parent))
-        return [
-            (
-                parent,
-                tuple(a if i < len(shape) - len(parent.args[1]) else _plain(shape[i]) for i, a in enumerate(layout)),
-            )
-        ]  # type: ignore[arg-type]
+        normed = len(argument_of(parent, "normalized_shape"))
+        return [(parent, (*layout[: len(shape) - normed], *map(_plain, shape[len(shape) - normed :])))]
     raise _Refused(f"nothing proves that {packet} ({parent.name}) works token by token")
 
 
@@ -608,9 +602,9 @@ def _picks_tokens(node: fx.Node, layout: Layout) -> bool:
         packet = getattr(parent.target, "overloadpacket", parent.target)
         if packet not in (aten.split, aten.split_with_sizes, aten.chunk):
             return False
-        return _has(layout[(axis := _argument(parent, "dim", 0) % len(layout)) : axis + 1], "token")
+        return _has(layout[(axis := argument_of(parent, "dim", 0) % len(layout)) : axis + 1], "token")
     if packet in (aten.slice, aten.cat):
-        return _has(layout[(axis := _argument(node, "dim", 0) % len(layout)) : axis + 1], "token")
+        return _has(layout[(axis := argument_of(node, "dim", 0) % len(layout)) : axis + 1], "token")
     return False
 
 

@@ -12,11 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 
-from omnifx.graph import Branch, Pass, TokenSource, append_output, branches_of, inline, nodes_by_name, output_of
+from omnifx.graph import (
+    Branch,
+    Pass,
+    TokenSource,
+    append_output,
+    argument_of,
+    branches_of,
+    inline,
+    nodes_by_name,
+    output_of,
+)
 from omnifx.passes.write_cuts import require_branches
 from omnifx.tokens import NEEDS_QUERIES, Selection, importance
 
@@ -59,13 +68,13 @@ def source_of(branch: Branch, selection: Selection) -> TokenSource | None:
 
 def attention_inputs(node: fx.Node) -> list[fx.Node]:
     """Queries, keys, values and the mask, if there is one, of a fused attention."""
-    operands = [*node.args[:3], _argument(node, "attn_mask") or _argument(node, "attn_bias")]
+    operands = [*node.args[:3], argument_of(node, "attn_mask") or argument_of(node, "attn_bias")]
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
 
 def scorer(selection: Selection, node: fx.Node) -> Callable[..., Tensor]:
     """The function from an attention's inputs to its tokens' importance."""
-    scale = _argument(node, "scale")
+    scale = argument_of(node, "scale")
 
     def score(query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
         found = importance(selection, query, key, value, mask[0] if mask else None, scale)
@@ -73,13 +82,6 @@ def scorer(selection: Selection, node: fx.Node) -> Callable[..., Tensor]:
         return found
 
     return score
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[names.index(name)] if name in names and names.index(name) < len(node.args) else None
 
 
 __all__ = ["ScoreTokens", "attention_inputs", "scorer", "source_of"]

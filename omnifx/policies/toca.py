@@ -33,8 +33,8 @@ STALENESS = 0.25
 class Release:
     """The constants of one of the released implementations.
 
-    f_layer = layer[0] + layer[1] * l / depth for the l-th block of a stack; f_step = step[0] + step[1] * s / steps, with
-    s counting up, or down to 0.
+    f_layer = layer[0] + layer[1] * l / depth for the l-th block of a stack; f_step = step[0] + step[1] * s / steps,
+    with s counting up, or down to 0.
     """
 
     ratio: float  # r0
@@ -154,8 +154,8 @@ class ToCa(Policy):
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         if any(branch.tokens is None for branch in profile.meta.branches):
             raise ConfigError(
-                f"{self.name}: the profile does not say which branches can be computed by tokens; an older omnifx measured "
-                "it. Calibrate again with `omnifx calibrate`."
+                f"{self.name}: the profile does not say which branches can be computed by tokens; an older omnifx "
+                "measured it. Calibrate again with `omnifx calibrate`."
             )
         if speedup is None:
             return self._plan(profile, self._interval)
@@ -241,7 +241,7 @@ class ToCa(Policy):
 
 
 def layers_of(branches: Sequence[BranchMeta], *, depth: int | None) -> list[float]:
-    """For each branch l / depth, its block's place in the stack of blocks that it is in (by its name's first number)."""
+    """For each branch l / depth, its block's place in the stack of blocks that it is in, by its name's first number."""
     places = []
     for branch in branches:
         match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", branch.name)

@@ -24,7 +24,7 @@ from omnifx.passes.guard_tokens import GuardTokens
 from omnifx.passes.prove_tokens import ProveTokens
 from omnifx.passes.score_tokens import ScoreTokens
 from omnifx.tokens import Selection
-from tests.toys import TINY, Traced, distance, noise, toy, toy_inputs, trace
+from tests.toys import TINY, Traced, distance, gated, noise, toy, toy_inputs, trace
 from tests.zoo.models import ZOO
 
 
@@ -101,6 +101,29 @@ def test_fed_its_own_cuts_a_partial_graph_computes_the_same(name: str) -> None:
     assert distance(output, traced.run()[0]) < 1e-5
 
 
+def test_a_branch_gathers_its_tokens_and_scatters_them_into_the_cached_cut() -> None:
+    traced = gated()
+    ProveTokens()(traced.gm)
+
+    GuardTokens(partial=(("branch.mlp", 2),), selection=None)(traced.gm)
+    Eliminate()(traced.gm)
+
+    assert traced.gm.meta[EXTRA_INPUTS] == ["index:branch.mlp", "cut:unsqueeze_2"]
+    assert traced.gm.meta[EXTRA_OUTPUTS] == ["cut:unsqueeze_2"]
+    assert graph_text(traced.gm) == (
+        "arg0_1 | arg1_1 | arg2_1 | arg3_1 | arg4_1 | index_unsqueeze_2 | cached_unsqueeze_2 | "
+        "sigmoid = sigmoid(arg0_1) | unsqueeze = unsqueeze(sigmoid) | unsqueeze_1 = unsqueeze(unsqueeze) | "
+        "permute = permute(arg2_1) | permute_1 = permute(arg3_1) | "
+        "view = view(arg1_1) | view_1 = view(index_unsqueeze_2) | index = index(view, view_1) | view_2 = view(index) | "
+        "select_2 = select(view_2) | mm_3 = mm(select_2, permute) | relu_1 = relu(mm_3) | "
+        "mm_4 = mm(relu_1, permute_1) | unsqueeze_4 = unsqueeze(mm_4) | "
+        "view_3 = view(unsqueeze_4) | view_4 = view(cached_unsqueeze_2) | view_5 = view(index_unsqueeze_2) | "
+        "index_put = index_put(view_4, view_5, view_3) | view_6 = view(index_put) | "
+        "mul = mul(unsqueeze_1, view_6) | add = add(arg1_1, mul) | select_1 = select(add) | "
+        "permute_2 = permute(arg4_1) | mm_2 = mm(select_1, permute_2) | unsqueeze_3 = unsqueeze(mm_2) | return(unsqueeze_3, view_6)"
+    )
+
+
 def test_a_guarded_mlp_reads_scores_and_stamps_and_returns_its_cut_and_new_stamps() -> None:
     traced = trace(toy(1), *toy_inputs())
     ProveTokens()(traced.gm)
@@ -114,7 +137,7 @@ def test_a_guarded_mlp_reads_scores_and_stamps_and_returns_its_cut_and_new_stamp
     assert traced.gm.meta[EXTRA_INPUTS] == ["age:", "stamp:blocks.0.mlp", f"score:{source}", f"cut:{cut}"]
     assert traced.gm.meta[EXTRA_OUTPUTS] == [f"cut:{cut}", "stamp:blocks.0.mlp"]
     text = graph_text(traced.gm)
-    assert text.index("topk(") < text.index("index_select(") < text.index("index_put(")
+    assert text.index("topk(") < text.index("= index(") < text.index("index_put(")
 
 
 def test_a_graph_that_scores_returns_one_number_for_each_token() -> None:
@@ -127,7 +150,8 @@ def test_a_graph_that_scores_returns_one_number_for_each_token() -> None:
 
     assert changed is True
     labels = traced.gm.meta[EXTRA_OUTPUTS]
-    assert len(labels) == 2 and all(label.startswith("score:") for label in labels)
+    assert len(labels) == 2
+    assert all(label.startswith("score:") for label in labels)
     for score in traced.run()[-2:]:
         assert (score.shape, score.dtype) == ((2, 16), torch.float32)
 

@@ -142,8 +142,9 @@ def test_flux_tokens_are_parts_of_its_joint_attention_and_singles_hold_theirs() 
     branches = proven_tiny("flux")
 
     image, text = (branches[f"transformer_blocks.0.{name}"].tokens for name in ("ff", "ff_context"))
-    assert image is not None and image.keys is not None
-    assert text is not None and text.keys is not None
+    assert image is not None
+    assert image.keys is not None
+    assert text is not None
     assert image.keys == TokenSource(image.keys.node, start=6, total=22)
     assert text.keys == TokenSource(image.keys.node, start=0, total=22)
     assert "joint attention" in branches["transformer_blocks.0.attn"].token_reason

@@ -168,7 +168,7 @@ def pixart_inputs(step: int, x: Tensor) -> dict[str, Any]:
 
 
 class CrossMaps:
-    """The mean cross-attention map of each block, halves of the batch averaged; rows are renewed as they are computed."""
+    """The mean cross-attention map of each block, halves of the batch averaged; what is computed renews its rows."""
 
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}
@@ -332,7 +332,7 @@ def test_notes_say_how_many_variants_there_are_and_what_is_reused_whole() -> Non
 
 
 def test_a_profile_without_tokens_is_refused() -> None:
-    with pytest.raises(ConfigError, match="toca: the profile does not say .* Calibrate again"):
+    with pytest.raises(ConfigError, match=r"toca: the profile does not say .* Calibrate again"):
         ToCa().plan(make_profile(10))
 
 
@@ -373,7 +373,9 @@ def profile_of(steps: int, *, tokens: int = 256, blocks: int = 2) -> Profile:
                 name=f"blocks.{i}.attn", kind="self_attention", flops=30, cache_bytes=8, tokens=0,
                 token_reason="its keys need every token",
             ),
-            BranchMeta(name=f"blocks.{i}.cross", kind="cross_attention", flops=10, cache_bytes=8, tokens=tokens, token_flops=10),
+            BranchMeta(
+                name=f"blocks.{i}.cross", kind="cross_attention", flops=10, cache_bytes=8, tokens=tokens, token_flops=10,
+            ),
             BranchMeta(
                 name=f"blocks.{i}.mlp", kind="mlp", flops=60, cache_bytes=8, tokens=tokens, token_flops=60,
                 scores=("keys",), grid=(16, 16),
