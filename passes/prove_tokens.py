@@ -656,11 +656,12 @@ class ProveTokens(Pass):
 def _proven(gm: fx.GraphModule, branch: Branch, proof: Proof | str, sources: _Sources) -> Branch:
     if isinstance(proof, str):
         return replace(branch, tokens=None, token_reason=proof)
+    flops = sum(node_flops(node) * proof.number // _all_tokens(layout) for node, layout in proof.layouts.items())
     tokens = Tokens(
         batch=proof.batch,
         number=proof.number,
-        flops=sum(map(node_flops, proof.layouts)),
-        spared_flops=sum(map(node_flops, proof.own - proof.kept - set(proof.layouts))),
+        flops=flops,
+        spared_flops=sum(map(node_flops, proof.own - proof.kept)) - flops,
         held=tuple(node.name for node in proof.held),
         held_bytes=sum(num_bytes(node.meta["val"]) for node in proof.held),
         keys=sources.of(proof, LOOKS_AT_ITSELF),
@@ -668,6 +669,11 @@ def _proven(gm: fx.GraphModule, branch: Branch, proof: Proof | str, sources: _So
         grid=_grid(gm, proof.number),
     )
     return replace(branch, tokens=tokens, token_reason="")
+
+
+def _all_tokens(layout: Layout) -> int:
+    """How many tokens an axis has of which a branch's tokens are a part: those of the text before an image, say."""
+    return next(factor.of for axis in layout for factor in axis if factor.tag == "token")
 
 
 def _grid(gm: fx.GraphModule, number: int) -> tuple[int, int] | None:

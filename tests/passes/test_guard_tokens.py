@@ -52,7 +52,9 @@ def guarded(traced: Traced, branch: str, k: int) -> Any:
     return gm
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan", "latte", "SanaTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart", "sd3", "flux", "wan", "cogvideox", "latte", "SanaTransformer2DModel"]
+)
 def test_chosen_rows_are_computed_and_the_others_are_the_cached_ones(name: str) -> None:
     traced = traced_tiny(name)
     partial = {n: b for n, b in branches_of(traced.gm).items() if b.tokens is not None}

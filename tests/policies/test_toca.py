@@ -273,6 +273,23 @@ def test_flux_joins_fresh_mlps_with_old_attention_rows() -> None:
     assert_same(ran.outputs, expected, ran.chosen, chosen)
 
 
+@pytest.mark.slow
+def test_inductor_computes_what_the_eager_lowering_does() -> None:
+    start, policy = noise(2, 4, 16, 16), ToCa(release="pixart", groups=2)
+
+    eager, compiled = (
+        run_planned(
+            model_of("PixArtTransformer2DModel", sample_size=16), policy, pixart_inputs, start, 8, lowering=lowering
+        )
+        for lowering in ("eager", "inductor")
+    )
+
+    assert compiled.reasons == {}
+    assert compiled.chosen == eager.chosen
+    for got, wanted in zip(compiled.outputs, eager.outputs, strict=True):
+        assert distance(got, wanted) < 1e-5
+
+
 # -- what it costs and refuses -----------------------------------------------------------------------------------------
 
 
@@ -374,7 +391,8 @@ def profile_of(steps: int, *, tokens: int = 256, blocks: int = 2) -> Profile:
                 token_reason="its keys need every token",
             ),
             BranchMeta(
-                name=f"blocks.{i}.cross", kind="cross_attention", flops=10, cache_bytes=8, tokens=tokens, token_flops=10,
+                name=f"blocks.{i}.cross", kind="cross_attention", flops=10, cache_bytes=8, tokens=tokens,
+                token_flops=10,
             ),
             BranchMeta(
                 name=f"blocks.{i}.mlp", kind="mlp", flops=60, cache_bytes=8, tokens=tokens, token_flops=60,
