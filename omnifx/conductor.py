@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from omnifx.changes import ChangeMeter, Changes
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
-from omnifx.plan import COMPUTE, Correction, Plan, PlanSpan, PlanStep, Row, reuses, stored_actions
+from omnifx.plan import COMPUTE, Correction, Plan, Row, is_stored, reuses
 from omnifx.policy import Policy
 from omnifx.prior import Prior, PriorSums
 from omnifx.profile import BranchMeta, Profile
@@ -161,9 +161,9 @@ class Call:
             return (True,) * len(part.program.names)
         if self.plan.branches[part.start : part.start + len(part.names)] != part.names:
             return (True,) * len(part.names)  # other graphs than those that were planned for: nothing is reused
-        kept = stored_actions(self.plan.steps[self.stream.step])
+        step = self.plan.steps[self.stream.step]
         row = part.row_in(self.plan.row_of(self.stream.step))
-        return tuple(action in kept for action in row[: len(part.names)])
+        return tuple(is_stored(step, action) for action in row[: len(part.names)])
 
     def stored_before(self, part: Part) -> tuple[tuple[int, ...], ...]:
         """For each branch of a part, the steps that its stored values come from, as planned; newest first."""
@@ -274,8 +274,9 @@ class Conductor:
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
+        whole = {"tokens": 0, "token_reason": "the model is captured in parts"} if self.broken else {}
         return tuple(
-            meta.model_copy(update={"name": name})
+            meta.model_copy(update={"name": name, **whole})
             for part in self.parts
             for meta, name in zip(part.program.branch_metas(), part.names, strict=True)
         )
@@ -722,11 +723,13 @@ class Conductor:
         return self._recorders[key]
 
 
-def _numbers(entry: Entry, step: int) -> tuple[Row, tuple[PlanSpan, ...], PlanStep, Prior | None]:
-    """All that a plan says of a step, with the spans of its row and the prior whose trends it follows there."""
+def _numbers(entry: Entry, step: int) -> tuple[Any, ...]:
+    """All that a plan says of a step, with the spans and tokens of its row and the prior whose trends it follows
+    there."""
     plan, planned = entry.plan, entry.plan.steps[step]
     prior = entry.profile.prior if planned.trend else None
-    return plan.row_of(step), plan.spans, planned.model_copy(update={"variant": 0}), prior
+    tokens = (plan.selection, plan.tokens) if reuses(plan.row_of(step)) else None
+    return plan.row_of(step), plan.spans, planned.model_copy(update={"variant": 0}), prior, tokens
 
 
 def _is_filtered(correction: Correction | None) -> bool:

@@ -63,6 +63,38 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class TokenSource:
+    """An attention that tells something of a branch's tokens: they are `start` .. `start + number` of its `total`."""
+
+    node: str
+    start: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How a branch may be computed for some of its tokens alone, as `omnifx.passes.prove_tokens` found."""
+
+    batch: int
+    """Samples; each may have other tokens computed."""
+    number: int
+    """Tokens of a sample."""
+    flops: int
+    """FLOPs in proportion to the tokens computed."""
+    spared_flops: int
+    """FLOPs of what is not computed for however many tokens: the attention that a parallel branch joins."""
+    held: tuple[str, ...] = ()
+    """Names of nodes whose values are cached beside the cut: the attention that a parallel branch joins."""
+    held_bytes: int = 0
+    keys: TokenSource | None = None
+    """The attention that has these tokens as keys; None if none is known."""
+    queries: TokenSource | None = None
+    """The cross-attention that has these tokens as queries; None if none is known."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns, if the tokens are an image."""
+
+
+@dataclass(frozen=True)
 class Branch:
     """``f`` in ``x + f(x)``: what may be computed, or reused from an earlier step."""
 
@@ -86,6 +118,10 @@ class Branch:
     """Why it is not cacheable; empty if it is."""
     trunks: tuple[int, ...] = ()
     """The trunk of each of `adds`, 0 being the latents'; empty until `omnifx.trunks` looked."""
+    tokens: Tokens | None = None
+    """How it may be computed for some tokens alone; None if it may not."""
+    token_reason: str = ""
+    """Why it may not be; empty if it may, or if nobody asked."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +324,16 @@ def graph_text(gm: fx.GraphModule) -> str:
     return " | ".join(parts)
 
 
+def argument_of(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen operator by the name in its schema."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    if name in node.kwargs:
+        return node.kwargs[name]
+    at = names.index(name) if name in names else len(node.args)
+    return node.args[at] if at < len(node.args) else default
+
+
 def total_flops(gm: fx.GraphModule) -> int:
     """FLOPs of every node of the graph."""
     return sum(map(node_flops, gm.graph.nodes))
@@ -395,8 +441,11 @@ __all__ = [
     "Branch",
     "Inputs",
     "Pass",
+    "TokenSource",
+    "Tokens",
     "analysis_of",
     "append_output",
+    "argument_of",
     "branches_of",
     "clone",
     "dead_without",

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, PREDICT, Plan, reuses
+from omnifx.plan import COMPUTE, PREDICT, Plan, partial_tokens, reuses
 from omnifx.policies.omnicache import OmniCache
 from omnifx.profile import Profile
 
@@ -51,12 +51,13 @@ _LOOKS = {
 
 
 def kinds_of_steps(plan: Plan) -> list[str]:
-    """What each step of a plan does: "full", "reuse", "predict", "corrected" (either with a correction) or "mixed"."""
+    """What each step of a plan does: "full", "reuse", "predict", "corrected" (either with a correction) or "mixed"
+    (some branches or tokens are computed)."""
     kinds = []
     for step, row in zip(plan.steps, plan.rows, strict=True):
         if not reuses(row):
             kinds.append("full")
-        elif COMPUTE in row:
+        elif COMPUTE in row or any(map(partial_tokens, row)):
             kinds.append("mixed")
         elif step.correction is not None:
             kinds.append("corrected")

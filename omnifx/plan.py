@@ -6,20 +6,33 @@ A plan is plain data. It is made by a policy, saved as JSON, validated when it i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from omnifx.errors import PlanError
+from omnifx.tokens import Selection
 
 if TYPE_CHECKING:
     from omnifx.profile import Profile
 
 FORMAT = 1
 
-Action = Literal["compute", "reuse", "predict"]
+_ACTION = r"compute|reuse|predict|partial:(0|[1-9][0-9]*)"
+
+Action = Annotated[str, StringConstraints(pattern=rf"^({_ACTION})$")]
+"""What a step does with a branch: "compute", "reuse", "predict", or "partial:64": compute 64 tokens of each sample."""
 COMPUTE: Action = "compute"
 REUSE: Action = "reuse"
 """Take the newest stored value of a branch's cuts."""
@@ -28,6 +41,21 @@ PREDICT: Action = "predict"
 
 Row = tuple[Action, ...]
 """One action for each branch, in the order of the branches; its row of actions is a variant's name."""
+
+
+def partial(k: int) -> Action:
+    """The action that computes `k` tokens of each sample; with 0 it reuses all, but lets their counts grow."""
+    return f"partial:{k}"
+
+
+def partial_tokens(action: Action) -> int | None:
+    """How many tokens a partial action computes; None for another action."""
+    return int(action.removeprefix("partial:")) if action.startswith("partial:") else None
+
+
+def is_partial(row: Row) -> bool:
+    """Whether a row treats any branch token by token, if only to count."""
+    return any(partial_tokens(action) is not None for action in row)
 
 
 class Correction(BaseModel):
@@ -113,6 +141,10 @@ class Plan(BaseModel):
     ``f + s E``; empty if they do not."""
     notes: tuple[str, ...] = ()
     """What the policy measured and decided, in sentences."""
+    selection: Selection | None = None
+    """How the tokens of partial branches are chosen."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of each branch at the size it was made for, if it has a selection; 0 if they cannot be computed alone."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -136,12 +168,26 @@ class Plan(BaseModel):
             raise ValueError(f"variants {bad} compute or predict a branch inside of a span that they reuse")
         if bad := [i for i, row in enumerate(self.variants) if PREDICT in row[len(self.branches) :]]:
             raise ValueError(f"variants {bad} predict a span; spans are computed or reused")
+        if bad := [i for i, row in enumerate(self.variants) if is_partial(row[len(self.branches) :])]:
+            raise ValueError(f"variants {bad} compute some tokens of a span; spans are computed or reused")
         if bad := [k for k, step in enumerate(self.steps) if step.variant >= len(self.variants)]:
             raise ValueError(f"steps {bad} name a variant that is not in the plan (it has {len(self.variants)})")
         if reuses(self.rows[0]):
             raise ValueError("step 0 reuses a branch, but nothing was computed before it")
+        self._check_tokens()
         self._check_predictions()
         return self
+
+    def _check_tokens(self) -> None:
+        if self.tokens and len(self.tokens) != len(self.branches):
+            raise ValueError(f"tokens of {len(self.tokens)} branches, but there are {len(self.branches)}")
+        if self.selection is None and any(map(is_partial, self.variants)):
+            raise ValueError("some branches are partial, but no selection says which tokens they compute")
+        for name, column in zip(self.branches, zip(*self.variants, strict=True), strict=False):
+            if PREDICT in column and is_partial(column):
+                raise ValueError(
+                    f"{name} is predicted in some steps and partial in others; only one of both is possible"
+                )
 
     def _check_predictions(self) -> None:
         stored = self.stored_before() if any(step.weights for step in self.steps) else ()
@@ -180,7 +226,7 @@ class Plan(BaseModel):
         for k, (step, row) in enumerate(zip(self.steps, self.rows, strict=True)):
             found.append(stored)
             stored = tuple(
-                (k, *old)[: max(1, self.terms)] if action in stored_actions(step) else old
+                (k, *old)[: max(1, self.terms)] if is_stored(step, action) else old
                 for action, old in zip(row[: len(self.branches)], stored, strict=True)
             )
         return tuple(found)
@@ -198,7 +244,7 @@ class Plan(BaseModel):
 
     @property
     def num_reuse_steps(self) -> int:
-        """How many steps reuse or predict at least one branch."""
+        """How many steps reuse or predict at least one branch, or some of its tokens."""
         return sum(map(reuses, self.rows))
 
     @property
@@ -267,6 +313,7 @@ class Plan(BaseModel):
         notes: Sequence[str] = (),
         spans: Sequence[str] = (),
         merges: Mapping[int, tuple[str, ...]] | None = None,
+        selection: Selection | None = None,
     ) -> Self:
         """A plan from one row per step; equal rows share a variant.
 
@@ -312,6 +359,8 @@ class Plan(BaseModel):
                 terms=terms,
                 trend=trend,
                 notes=tuple(notes),
+                selection=selection,
+                tokens=tuple(branch.tokens or 0 for branch in meta.branches) if selection is not None else (),
             )
         except ValidationError as error:
             raise PlanError(f"Plan: {_first_problem(error)}. Mend the policy that made these rows.") from error
@@ -337,11 +386,12 @@ class Plan(BaseModel):
             raise PlanError(f"Plan.load: {path} is not a plan: {problem}. Make it anew with `omnifx plan`.") from error
 
     def timeline(self) -> str:
-        """The plan in two lines of text: F a full step, r a reuse, p a prediction, m a row that computes some branches
-        and not others, c a corrected reuse, C a corrected prediction."""
+        """The plan in two lines of text: F a full step, r a reuse, p a prediction, t a row that computes some tokens, m
+        a row that computes some branches and not others, c a corrected reuse, C a corrected prediction."""
         letters = []
         for step, row in zip(self.steps, self.rows, strict=True):
             letter = "F" if not reuses(row) else ("m" if COMPUTE in row else ("p" if PREDICT in row else "r"))
+            letter = "t" if any(map(partial_tokens, row)) else letter
             letters.append({"r": "c", "p": "C"}.get(letter, letter) if step.correction is not None else letter)
         head = (
             f"{self.policy}: {len(self.steps)} steps, {self.num_reuse_steps} reuse, "
@@ -354,18 +404,23 @@ class Plan(BaseModel):
 
 
 def reuses(row: Row) -> bool:
-    """Whether a row takes anything from a cache: a branch is reused or predicted."""
+    """Whether a row takes anything from a cache: anything is reused or predicted, or computed in part."""
     return any(action != COMPUTE for action in row)
 
 
 def stored_actions(step: PlanStep) -> tuple[Action, ...]:
-    """The actions whose values a step stores."""
+    """The actions on whole branches whose values a step stores."""
     return (COMPUTE, PREDICT) if step.stores else (COMPUTE,)
+
+
+def is_stored(step: PlanStep, action: Action) -> bool:
+    """Whether a step stores what an action makes; one that computes some tokens stores them among the old ones."""
+    return action in stored_actions(step) or bool(partial_tokens(action))
 
 
 def is_action(value: object) -> bool:
     """Whether `value` is one of the known actions."""
-    return value in get_args(Action)
+    return isinstance(value, str) and re.fullmatch(_ACTION, value) is not None
 
 
 def _first_problem(error: ValidationError) -> str:

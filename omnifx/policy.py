@@ -18,6 +18,7 @@ from omnifx.errors import ConfigError
 from omnifx.plan import COMPUTE, PREDICT, REUSE, Plan, Row
 from omnifx.prior import PriorSpec
 from omnifx.profile import Profile
+from omnifx.tokens import Selection
 
 
 class Policy(ABC):
@@ -59,6 +60,11 @@ class Policy(ABC):
     @property
     def prior(self) -> PriorSpec | None:
         """The prior that it needs beside a profile, if any."""
+        return None
+
+    @property
+    def selection(self) -> Selection | None:
+        """How its plans choose the tokens of partial branches; None if none of them is partial."""
         return None
 
     @abstractmethod

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.errors import ConfigError, ProfileError
-from omnifx.plan import COMPUTE, REUSE, Row
+from omnifx.plan import COMPUTE, REUSE, Action, Row, partial_tokens
 from omnifx.prior import Prior, prior_path
 
 FORMAT = 1
@@ -44,6 +44,25 @@ class BranchMeta(BaseModel):
     """FLOPs that reusing this branch saves in one call."""
     cache_bytes: int = Field(ge=0)
     """Bytes of its cuts, for one stream."""
+    tokens: int | None = Field(default=None, ge=0)
+    """Tokens of a sample, if some of them may be computed alone; 0 if not; None if unknown (an older profile)."""
+    token_flops: int = Field(default=0, ge=0)
+    """FLOPs in proportion to the tokens computed."""
+    spared_flops: int = Field(default=0, ge=0)
+    """FLOPs that a partial step saves however many tokens it computes."""
+    token_reason: str = ""
+    """Why its tokens cannot be computed alone."""
+    scores: tuple[str, ...] = ()
+    """Whether attentions are known that tell of its tokens: as their "keys", as their "queries"."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns, if the tokens are an image."""
+
+    def saved_by(self, action: Action) -> float:
+        """FLOPs that an action saves in one call."""
+        k = partial_tokens(action)
+        if not k:
+            return 0.0 if action == COMPUTE else float(self.flops)
+        return min(self.flops, self.spared_flops + self.token_flops * (1.0 - k / self.tokens)) if self.tokens else 0.0
 
 
 class BlockMeta(BaseModel):
@@ -135,16 +154,16 @@ class ProfileMeta(BaseModel):
             if action == REUSE
         }
         counted: set[int] = set()
-        saved = 0
+        saved = 0.0
         for span in sorted(reused.values(), key=lambda span: span.flops, reverse=True):
             if counted.isdisjoint(range(span.first, span.last + 1)):
                 saved += span.flops
                 counted.update(range(span.first, span.last + 1))
         inside = {name for number in counted for name in self.blocks[number].branches}
         saved += sum(
-            branch.flops
+            branch.saved_by(action)
             for branch, action in zip(self.branches, row, strict=False)
-            if action != COMPUTE and branch.name not in inside
+            if branch.name not in inside
         )
         return 1.0 - saved / self.flops if self.flops else 1.0
 

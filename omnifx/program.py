@@ -36,11 +36,14 @@ from omnifx.passes.bind_sizes import BindSizes
 from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, PREDICT, REUSE, Row
+from omnifx.passes.prove_tokens import ProveTokens
+from omnifx.passes.score_tokens import source_of
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Row, partial_tokens
 from omnifx.prior import cut_key
 from omnifx.profile import BlockMeta, BranchMeta, SpanMeta
 from omnifx.sizes import SizeInputs, Sizes, late_guards, shapes_of
 from omnifx.spans import Span, Spans, span_name
+from omnifx.tokens import Selection
 
 _Made = TypeVar("_Made")
 
@@ -121,7 +124,7 @@ class Program:
         self.variants: dict[VariantSpec, Variant] = {}
         self._reads: dict[VariantSpec, tuple[str, ...]] = {}
         self._specs: dict[tuple[Any, ...], VariantSpec] = {}
-        run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static))), label="capture")
+        run_passes(gm, (BindSizes(), FindBranches(static=frozenset(static)), ProveTokens()), label="capture")
         self.gm = gm
         self.analysis: Analysis = analysis_of(gm)
         self.side_effects = side_effects(gm)
@@ -133,6 +136,9 @@ class Program:
         nodes = nodes_by_name(gm)
         self.cut_values: dict[str, Tensor] = {
             cut: nodes[cut].meta["val"] for branch in self.branches for cut in branch.cuts
+        }
+        self.held_values: dict[str, Tensor] = {
+            name: nodes[name].meta["val"] for branch in self.branches if branch.tokens for name in branch.tokens.held
         }
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.sizes = SizeInputs(placeholders)
@@ -170,17 +176,31 @@ class Program:
         """What a prior calls each cut, by node name."""
         return {cut: cut_key(branch.name, i) for branch in self.branches for i, cut in enumerate(branch.cuts)}
 
+    def token_bytes(self, selection: Selection | None) -> int:
+        """Bytes that one stream needs beside its cuts so that branches may be computed in part: scores, the stamps of
+        all tokens, and the attentions that parallel branches join. None without a selection."""
+        if selection is None:
+            return 0
+        partial = [(b, b.tokens) for b in self.branches if b.tokens is not None]
+        scores = {s.node: t.batch * s.total for b, t in partial if (s := source_of(b, selection)) is not None}
+        stamps = sum(tokens.batch * tokens.number for _, tokens in partial)
+        return 4 * (stamps + sum(scores.values())) + sum(tokens.held_bytes for _, tokens in partial)
+
     @property
     def filters(self) -> bool:
         """Whether the main output has a grid, along which a correction can filter."""
         return bool(dict(self.grids)[self.main_output].axes) if self.main_output is not None else True
 
     def cuts_of(self, spec: VariantSpec) -> tuple[str, ...]:
-        """The cuts that a variant reads: node names of those of branches, and names of deltas of spans."""
+        """The cuts that a variant reads: node names of those of branches, names of deltas of spans, and what else it
+        keeps of attentions."""
         if spec not in self._reads:
-            reads = {*spec.reads, *spec.predicts}
+            partial = {name for name, _ in spec.partial}
+            reads = {*spec.reads, *spec.predicts, *partial}
             cuts = [cut for b in self.branches if b.name in reads for cut in b.cuts]
-            self._reads[spec] = (*cuts, *(cut for span in spec.reads_spans for cut in span.cuts))
+            cuts += [cut for span in spec.reads_spans for cut in span.cuts]
+            held = [name for b in self.branches if b.name in partial and b.tokens for name in b.tokens.held]
+            self._reads[spec] = (*cuts, *held)
         return self._reads[spec]
 
     def cuts_by_column(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -224,9 +244,13 @@ class Program:
         """The captured graph, unchanged."""
         return VariantSpec(self.names, self.compute_row, writes=())
 
-    def full(self, *, measures: bool, kept: tuple[str, ...] | None = None) -> VariantSpec:
-        """Compute everything and return the cuts: of all branches, or of the branches and spans that are `kept`."""
-        if (known := self._specs.get((measures, kept))) is not None:
+    def full(
+        self, *, measures: bool, kept: tuple[str, ...] | None = None, selection: Selection | None = None
+    ) -> VariantSpec:
+        """Compute everything and return the cuts: of all branches, or of the branches and spans that are `kept`; with a
+        selection also the scores of all tokens."""
+        key = (measures, kept, selection)
+        if (known := self._specs.get(key)) is not None:
             return known
         spans = self.spans_in(kept or ())
         names = tuple(name for name in self.names if kept is None or name in kept)
@@ -236,8 +260,9 @@ class Program:
             writes=(*names, *(span.name for span in spans)),
             measures=measures and bool(self.noisy),
             spans=spans,
+            selection=selection if any(branch.tokens for branch in self.branches) else None,
         )
-        self._specs[measures, kept] = spec
+        self._specs[key] = spec
         return spec
 
     def reusing(
@@ -250,29 +275,34 @@ class Program:
         terms: int = 0,
         stores: bool = False,
         trend: Literal["", "scale", "shift"] = "",
+        selection: Selection | None = None,
     ) -> VariantSpec:
-        """Do `row`; what it computes is returned for later steps, if they may want it.
+        """Do `row`; what it computes is returned for later steps, if they may want it. `refusal_of` must be empty for
+        it.
 
         A span that begins or ends inside of a reused one cannot be told apart from it, and is not returned.
 
         Args:
-            row: At least one branch is reused or predicted, or a span reused.
+            row: At least one branch is reused, predicted or computed in part, or a span reused.
             corrects: Whether noise is subtracted from the outputs.
             kept: Branches and spans that later steps may want; None: all branches.
             spans: Those whose actions end the row.
             terms: Stored values that predictions read.
             stores: Whether predicted values are returned as well.
             trend: How predicted values follow the trends of a prior; empty if they do not.
+            selection: How tokens are chosen here or in later steps.
         """
         if PREDICT not in row:
             terms, stores, trend = 0, False, ""
-        key = (row, corrects, kept, spans, terms, stores, trend)
+        key = (row, corrects, kept, spans, terms, stores, trend, selection)
         if (known := self._specs.get(key)) is not None:
             return known
         found = self.spans_in(spans)
         if len(found) != len(spans) or len(row) != len(self.names) + len(spans):
             raise PlanError(f"the row {row} does not fit {len(self.names)} branches and the spans {list(spans)}.")
-        actions = dict(zip((*self.names, *spans), row, strict=True))
+        counted = tuple(REUSE if partial_tokens(action) == 0 else action for action in row)
+        actions = dict(zip((*self.names, *spans), counted, strict=True))
+        tells = any(actions[name] == COMPUTE or partial_tokens(actions[name]) for name in self.names)
         reused = [span for span in found if actions[span.name] == REUSE]
         torn = {
             span.name
@@ -283,16 +313,28 @@ class Program:
         wanted = self._branch_names if kept is None else kept
         spec = VariantSpec(
             self.names,
-            row,
+            counted,
             writes=tuple(n for n, action in actions.items() if action == COMPUTE and n in wanted and n not in torn),
             corrects=corrects and bool(self.noisy),
             terms=terms,
             stores=stores,
             trend=trend or None,
             spans=found,
+            selection=selection if tells else None,
         )
         self._specs[key] = spec
         return spec
+
+    def refusal_of(self, row: Row, tokens: Sequence[int]) -> str:
+        """Why some of this many tokens of each branch cannot be computed as a row says; empty if they can."""
+        for at, (branch, action) in enumerate(zip(self.branches, row, strict=False)):  # spans end the row
+            found = branch.tokens.number if branch.tokens is not None else 0
+            if partial_tokens(action) and (at >= len(tokens) or tokens[at] != found):
+                here = branch.token_reason or f"it has {found}"
+                return (
+                    f"the plan computes some of {tokens[at] if at < len(tokens) else 0} tokens of {branch.name}: {here}"
+                )
+        return ""
 
     def variant(self, spec: VariantSpec) -> Variant:
         """The compiled variant; compiles it the first time."""
@@ -368,8 +410,23 @@ class Program:
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of each cached branch. Their FLOPs add up to what reusing all of them saves."""
         return tuple(
-            BranchMeta(name=b.name, kind=b.kind, flops=b.flops, cache_bytes=b.cache_bytes) for b in self.branches
+            BranchMeta(name=b.name, kind=b.kind, flops=b.flops, cache_bytes=b.cache_bytes, **_of_tokens(b))
+            for b in self.branches
         )
+
+
+def _of_tokens(branch: Branch) -> dict[str, Any]:
+    """What a profile keeps of a branch's tokens."""
+    tokens = branch.tokens
+    if tokens is None:
+        return {"tokens": 0, "token_reason": branch.token_reason}
+    return {
+        "tokens": tokens.number,
+        "token_flops": tokens.flops,
+        "spared_flops": tokens.spared_flops,
+        "scores": tuple(word for word in ("keys", "queries") if getattr(tokens, word) is not None),
+        "grid": tokens.grid,
+    }
 
 
 def _within(branches: Sequence[Branch], budget: int) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:

@@ -18,7 +18,7 @@ class MatchReport:
 
     Attributes:
         branches: In graph order; each has `.name`, `.kind`, `.module_path`, `.flops`, `.cache_bytes`, `.cacheable`,
-        `.reason`.
+        `.reason`, and `.tokens` if it may be computed for some tokens alone, else `.token_reason`.
         flops: FLOPs of one call that computes everything.
         reuse_flops: FLOPs of one call that reuses every cacheable branch.
         cache_bytes: Bytes of one stream's caches.
@@ -81,6 +81,8 @@ class MatchReport:
                     "cache_bytes": b.cache_bytes,
                     "cacheable": b.cacheable,
                     "reason": b.reason,
+                    "tokens": b.tokens.number if b.tokens is not None else 0,
+                    "token_reason": b.token_reason,
                 }
                 for b in self.branches
             ],

@@ -20,12 +20,13 @@ from omnifx.conditions import Table
 from omnifx.conductor import Call, Conductor, Part
 from omnifx.grid import low_pass
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.plan import PREDICT, Plan, Row, reuses
+from omnifx.plan import COMPUTE, PREDICT, Plan, Row, is_partial, reuses
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
-from omnifx.streams import kept_by
+from omnifx.streams import Stream, kept_by
+from omnifx.tokens import Selection
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference up to which a reuse variant fed a step's own cuts counts as reproducing that step."""
@@ -38,6 +39,7 @@ class Traits(TypedDict):
     terms: int
     stores: bool
     trend: Literal["", "scale", "shift"]
+    selection: Selection | None
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Job:
     past: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Older values of the cuts, newest first."""
     noise: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Scores and stamps of tokens, by label."""
     kept: tuple[str, ...] | None = None
     """Branches of this part whose cuts later steps may want; None: all."""
     spans: tuple[str, ...] = ()
@@ -123,24 +127,58 @@ class Runner:
         program, conductor = self.program, self.conductor
         if self.inactive or not self.policy.needs_profile or not program.names:
             return [program.plain]
-        full = program.full(measures=False, kept=conductor.recorded if conductor is not None else None)
+        policy, recorded = self.policy, conductor.recorded if conductor is not None else None
+        full = program.full(measures=False, kept=recorded, selection=self._chosen(policy.selection))
         if conductor is None:
             return [full, self._replay_spec(None, corrects=False)]
         if not conductor.entries or conductor.record_only:
-            rows = [row for row in self.policy.rows(len(program.names)) if reuses(row)]
-            policy = self.policy
-            traits: Traits = {"spans": (), "terms": policy.terms, "stores": policy.stores, "trend": policy.trend}
+            rows = [row for row in policy.rows(len(program.names)) if reuses(row)]
+            traits: Traits = {
+                "spans": (),
+                "terms": policy.terms,
+                "stores": policy.stores,
+                "trend": policy.trend,
+                "selection": policy.selection,
+            }
             return [full, *(program.reusing(row, corrects=policy.uses_noise, **traits) for row in rows)]
         kept = kept_by(conductor.entries)
-        specs = [program.full(measures=False, kept=kept)]
-        for entry in conductor.entries:
-            plan = entry.plan
-            if len(plan.branches) == len(program.names) and not any(map(program.span_problem, plan.span_names)):
-                specs += [
-                    program.reusing(row, corrects=plan.reads_noise, kept=kept, **_traits(plan, stores))
-                    for row, stores in plan.readings
-                ]
+        specs: list[VariantSpec] = []
+        for plan in [entry.plan for entry in conductor.entries]:
+            specs.append(program.full(measures=False, kept=kept, selection=plan.selection))
+            specs += self._specs_of(plan, plan.readings, corrects=plan.reads_noise, kept=kept)
         return list(dict.fromkeys(specs))
+
+    def _specs_of(
+        self, plan: Plan, readings: Sequence[tuple[Row, bool]], *, corrects: bool, kept: tuple[str, ...] | None
+    ) -> list[VariantSpec]:
+        """The variants of those `Plan.readings` that are possible here."""
+        program = self.program
+        if any(map(program.span_problem, plan.span_names)):
+            return []
+        width = len(program.names) + len(plan.spans)
+        possible = [
+            (row, self._traits(plan, stores))
+            for row, stores in readings
+            if reuses(row) and len(row) == width and not program.refusal_of(row, plan.tokens)
+        ]
+        return [program.reusing(row, corrects=corrects, kept=kept, **traits) for row, traits in possible]
+
+    def _traits(self, plan: Plan, stores: bool) -> Traits:
+        return {
+            "spans": plan.span_names,
+            "terms": plan.terms,
+            "stores": stores,
+            "trend": plan.trend,
+            "selection": self._chosen(plan.selection),
+        }
+
+    def _selection(self, stream: Stream) -> Selection | None:
+        """How a stream's plan chooses tokens; while it is recorded, how the policy will."""
+        return self._chosen(stream.selection if stream.entries else self.policy.selection)
+
+    def _chosen(self, selection: Selection | None) -> Selection | None:
+        """A selection; None in a part of a broken model, where no tokens are computed alone."""
+        return selection if self.conductor is not None else None
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -176,9 +214,15 @@ class Runner:
                 reading,
                 args[latents] if latents is not None else None,
                 weights=part.watch.version,
-                num_bytes=lambda kept, terms: self.program.cache_bytes_at(sizes, kept, terms),
+                num_bytes=lambda kept, terms: self.program.cache_bytes_at(sizes, kept, terms) + self._token_bytes(),
             )
             return self._job(call, part, reading.small, sizes)
+
+    def _token_bytes(self) -> int:
+        """Bytes that a stream needs for partial branches, under any plan known or to come."""
+        entries = self.conductor.entries if self.conductor is not None else ()
+        selections = {self.policy.selection, *(entry.plan.selection for entry in entries)}
+        return max(map(self.program.token_bytes, selections))
 
     def _join(self, args: list[Any]) -> Job | None:
         """A call of one of the graphs of the step under way."""
@@ -209,6 +253,7 @@ class Runner:
         job.cuts = dict(cache.cuts) if keys is None else {c: cache.cuts[k] for c, k in keys.items() if k in cache.cuts}
         job.past = {c: cache.past[k] for c in job.cuts if (k := part.key(c)) in cache.past}
         job.noise = dict(cache.noise)
+        job.tokens = dict(cache.tokens)
         return job
 
     @property
@@ -220,6 +265,9 @@ class Runner:
     def _refusal(self, job: Job) -> str:
         """Why this part may not reuse now; empty if it may."""
         cache, part = job.call.stream.cache, job.part
+        plan = job.call.plan
+        if reason := self.program.refusal_of(job.row, plan.tokens if plan is not None else ()):
+            return reason
         spec = self._spec(job)
         for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
@@ -229,6 +277,10 @@ class Runner:
         if spec.predicts and (reason := self._wrong_history(job, job.row) or self._wrong_prior(job, spec)):
             return reason
         variant = self._compiled(spec)
+        if missing := [
+            label for label in variant.extra_inputs if label.startswith("score:") and label not in cache.tokens
+        ]:
+            return f"no tokens are scored yet by {missing[0].removeprefix('score:')}"
         if not job.sizes.allows(variant.guards):
             return f"the variant {variant.spec.label} was compiled for other sizes than these"
         return ""
@@ -272,9 +324,9 @@ class Runner:
     def _spec(self, job: Job) -> VariantSpec:
         """What the job runs, if it reuses or predicts anything."""
         call, plan = job.call, job.call.plan
-        traits: Traits = {"spans": (), "terms": 0, "stores": False, "trend": ""}
+        traits: Traits = {"spans": (), "terms": 0, "stores": False, "trend": "", "selection": None}
         if plan is not None:
-            traits = _traits(plan, call.stores)
+            traits = self._traits(plan, call.stores)
         traits["spans"] = job.spans
         return self.program.reusing(job.row, corrects=call.stream.reads_noise, kept=job.kept, **traits)
 
@@ -310,7 +362,7 @@ class Runner:
             return program.plain
         if job.call.stream.homeless and job.sizes.allows(self._compiled(program.plain).guards):
             return program.plain
-        return program.full(measures=False, kept=job.kept)
+        return program.full(measures=False, kept=job.kept, selection=self._selection(job.call.stream))
 
     def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
         """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
@@ -341,7 +393,8 @@ class Runner:
         """The cuts whose values of this step are stored, if it makes them, and how many values of each are kept."""
         stored = zip(self.program.branches, job.call.stored_in(job.part), strict=True)
         terms = max(1, job.call.stream.terms)
-        found = {cut: terms for branch, kept in stored if kept for cut in branch.cuts}
+        held: dict[str, int] = dict.fromkeys(self.program.held_values, 1)
+        found = held | {cut: terms for branch, kept in stored if kept for cut in branch.cuts}
         return found | {cut: 1 for span in self.program.spans_in(job.kept or ()) for cut in span.cuts}
 
     def _replay_spec(self, plan: Plan | None, *, corrects: bool) -> VariantSpec:
@@ -371,7 +424,7 @@ class Runner:
         self, variant: Variant, job: Job, args: list[Any], predictor: tuple[float, ...] = ()
     ) -> list[Tensor]:
         """The job's cuts and conditions, the weights of a prediction (or those that repeat the newest values), and
-        zeros for all that a correction would read."""
+        zeros for all that a correction or the choice of tokens would read."""
         conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
@@ -400,6 +453,11 @@ class Runner:
             elif kind == "noise":
                 held = job.noise.get(int(name))
                 values.append(zeros_like(fake, job.sizes) if held is None else held)
+            elif kind in ("score", "stamp"):
+                held = job.tokens.get(label)
+                values.append(zeros_like(fake, job.sizes) if held is None else held)
+            elif kind == "age":
+                values.append(torch.tensor(float(job.call.stream.age), device=fake.device))
             elif kind == "predictor":
                 values.append(self._predictor_tensor(job.call.predictor, fake))
             elif kind == "trend":
@@ -487,9 +545,12 @@ class Runner:
         made: dict[str, Tensor] = {}
         for label, value in zip(variant.extra_outputs, extra, strict=True):
             kind, _, name = label.partition(":")
+            if kind in ("score", "stamp"):
+                job.tokens[label] = value if program.lowering.owns_outputs else value.clone()
             if kind != "cut":
                 continue
-            strides = job.sizes.strides(program.cut_values[name])
+            fake = program.cut_values[name] if name in program.cut_values else program.held_values[name]
+            strides = job.sizes.strides(fake)
             if value.stride() != strides:
                 value = value.new_empty_strided(value.shape, strides).copy_(value)
             elif not program.lowering.owns_outputs:
@@ -501,13 +562,15 @@ class Runner:
         if computes:
             stream.scale = 1.0
             stream.has_noise = False
-        if not kept:
+        self._count_tokens(job)
+        if not kept and not job.tokens:
             return
         with self._lock:
             cache = stream.cache
             if self._conductor.store.holds(stream.key):
+                cache.tokens = dict(job.tokens)
                 if computes and cache.weights.get(part.index) != job.weights:
-                    for name in program.cut_values:
+                    for name in (*program.cut_values, *program.held_values):
                         cache.forget(part.key(name))
                     cache.weights[part.index] = job.weights
                 for name, terms in kept.items():
@@ -523,6 +586,20 @@ class Runner:
                     cache.cuts[key] = _mean_of_halves(cache.cuts[key])
                 if key in cache.past:
                     cache.past[key] = tuple(map(_mean_of_halves, cache.past[key]))
+
+    def _count_tokens(self, job: Job) -> None:
+        """Let a partial step's tokens grow older, and note which branches were computed whole."""
+        stream = job.call.stream
+        if not reuses(job.row):
+            stream.age = 0
+            job.tokens = {label: value for label, value in job.tokens.items() if not label.startswith("stamp:")}
+            return
+        stream.age += is_partial(job.row)
+        for branch, action in zip(self.program.branches, job.row, strict=False):  # spans end the row
+            if action == COMPUTE and branch.tokens is not None and stream.selection is not None:
+                device = self.program.cut_values[branch.cuts[0]].device
+                size = (branch.tokens.batch, branch.tokens.number)
+                job.tokens[f"stamp:{branch.name}"] = torch.full(size, float(stream.age), device=device)
 
     def _keep_noise(self, job: Job, cached: dict[int, Tensor], outputs: Sequence[Any]) -> Tensor | None:
         """The noise of reusing the last cuts in this full step: what that gave, minus the truth."""
@@ -561,13 +638,9 @@ class Runner:
         if stream.homeless:
             return
         for plan in [entry.plan for entry in stream.entries]:
-            if any(map(program.span_problem, plan.span_names)):
-                continue
-            for whole_row, stores in plan.readings:
-                row = job.part.row_in(whole_row)
-                if reuses(row) and len(row) == len(program.names) + len(plan.spans):
-                    traits = _traits(plan, stores)
-                    self._compiled(program.reusing(row, corrects=stream.reads_noise, kept=job.kept, **traits))
+            readings = [(job.part.row_in(row), stores) for row, stores in plan.readings]
+            for spec in self._specs_of(plan, readings, corrects=stream.reads_noise, kept=job.kept):
+                self._compiled(spec)
         if program.side_effects:
             return
         unchecked = [v for v in program.variants.values() if reuses(v.spec.row) and job.sizes not in v.checked]
@@ -602,10 +675,6 @@ def _mean_of_halves(value: Tensor) -> Tensor:
         return value
     mean = value.unflatten(0, (2, -1)).mean(0)
     return torch.empty_like(value).copy_(torch.cat([mean, mean]))
-
-
-def _traits(plan: Plan, stores: bool) -> Traits:
-    return {"spans": plan.span_names, "terms": plan.terms, "stores": stores, "trend": plan.trend}
 
 
 def memory_of(value: Tensor) -> int:

@@ -30,6 +30,9 @@ class StreamCache:
     """By part and node name: the steps that the values come from, newest first, where a plan predicts."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     """By output position: q of the last full step that measured it."""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """By label: scores of tokens from the last step that computed their attention, and the age at which each was
+    computed last (``stamp:``; zeros if absent)."""
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By part: versions of the weights, the model's and the part's, that computed its cuts."""
 
@@ -56,7 +59,7 @@ class StreamCache:
         return sum(storages.values())
 
     def _tensors(self) -> itertools.chain[Tensor]:
-        return itertools.chain(self.cuts.values(), *self.past.values(), self.noise.values())
+        return itertools.chain(self.cuts.values(), *self.past.values(), self.noise.values(), self.tokens.values())
 
     def clear(self) -> None:
         """Forget everything."""
@@ -64,6 +67,7 @@ class StreamCache:
         self.past.clear()
         self.steps.clear()
         self.noise.clear()
+        self.tokens.clear()
 
 
 class CacheStore:

@@ -14,6 +14,7 @@ from omnifx.plan import Plan
 from omnifx.profile import Profile
 from omnifx.runlog import GenerationLog, Log
 from omnifx.store import CacheStore, StreamCache
+from omnifx.tokens import Selection
 
 if TYPE_CHECKING:
     from omnifx.recording import Recording
@@ -60,6 +61,7 @@ class Stream:
     scale: float = 1.0  # what the last known noise is multiplied by
     has_noise: bool = False
     on_plan: bool = True  # whether every planned reuse did reuse, so that gammas hold
+    age: int = 0  # partial steps since the last full one, as tokens count them
     homeless: bool = False  # whether its caches alone are over the budget, so that it has none
     meter: ChangeMeter | None = None  # compares cuts from step to step, while it is recorded for a policy that asks
     halved: bool = False  # whether both halves of the batch began with the same latents, and the plan asks
@@ -74,6 +76,11 @@ class Stream:
     def terms(self) -> int:
         """Values of each cut that it stores for predictions; 0 if no plan that still fits predicts."""
         return max((entry.plan.terms for entry in self.entries), default=0)
+
+    @property
+    def selection(self) -> Selection | None:
+        """How the plans that still fit choose tokens."""
+        return next((entry.plan.selection for entry in self.entries), None)
 
     @property
     def is_last_step(self) -> bool:

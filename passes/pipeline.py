@@ -9,16 +9,19 @@ from omnifx.grid import Grid
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.follow_trends import FollowTrends, Form
+from omnifx.passes.guard_tokens import GuardTokens
 from omnifx.passes.hoist_conditions import HoistConditions
 from omnifx.passes.measure_noise import MeasureNoise
 from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.predict_cuts import PredictCuts
 from omnifx.passes.read_cuts import ReadCuts
 from omnifx.passes.read_spans import ReadSpans
+from omnifx.passes.score_tokens import ScoreTokens
 from omnifx.passes.write_cuts import WriteCuts
 from omnifx.passes.write_spans import WriteSpans
-from omnifx.plan import PREDICT, REUSE, Action, Row
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Action, Row, partial, partial_tokens
 from omnifx.spans import Span
+from omnifx.tokens import Selection
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,17 @@ class VariantSpec:
     """How what it predicts follows the trends of a prior."""
     spans: tuple[Span, ...] = ()
     """Ranges of blocks that are reused or written as one; their actions end the row."""
+    selection: Selection | None = None
+    """How tokens are chosen, in it or, by the scores it returns, in later steps."""
 
     @property
     def reused(self) -> tuple[str, ...]:
         """Reused branches, inside of reused spans or not."""
-        return self._branches_that(REUSE)
+        return self._branches_that(REUSE, partial(0))
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Reused branches whose cuts are inputs."""
+        """Branches reused whole, whose cuts are inputs."""
         covered = {name for span in self.reads_spans for name in span.branches}
         return tuple(name for name in self.reused if name not in covered)
 
@@ -60,8 +65,19 @@ class VariantSpec:
 
     @property
     def cached(self) -> tuple[str, ...]:
-        """Branches that are not computed."""
-        return self._branches_that(REUSE, PREDICT)
+        """Branches of which nothing is computed."""
+        return self._branches_that(REUSE, PREDICT, partial(0))
+
+    @property
+    def partial(self) -> tuple[tuple[str, int], ...]:
+        """Branches of which some tokens are computed, and how many."""
+        actions = zip(self.branches, self.row, strict=False)
+        return tuple((name, k) for name, action in actions if (k := partial_tokens(action)))
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Branches that are computed whole."""
+        return self._branches_that(COMPUTE)
 
     @property
     def reads_spans(self) -> tuple[Span, ...]:
@@ -80,12 +96,16 @@ class VariantSpec:
 
     @property
     def label(self) -> str:
-        """A short name for dumps and tables: full, reuse, predict, or the number of reused and predicted branches, with
-        its extras."""
+        """A short name for dumps and tables: full, reuse, predict, or the number of reused and predicted branches or of
+        tokens computed, with its extras."""
         counts = {word: len(names) for word, names in (("reuse", self.reused), ("predict", self.predicts)) if names}
         alone = len(self.branches) in counts.values()
-        base = "-".join(word if alone else f"{word}{count}" for word, count in counts.items())
-        base = base or ("reuse0" if self.reads_spans else "full")
+        words = [word if alone else f"{word}{count}" for word, count in counts.items()]
+        if self.partial:
+            some = f"of{len(self.branches) - len(self.computed)}" if self.computed else ""
+            tokens = f"partial{sum(k for _, k in self.partial)}{some}"
+            words = [tokens, *(word for word in words if not word.startswith("reuse"))]
+        base = "-".join(words) or ("reuse0" if self.reads_spans else "full")
         extras = [
             word
             for word, on in (
@@ -94,6 +114,7 @@ class VariantSpec:
                 ("correct", self.corrects),
                 ("store", self.stores),
                 ("trend", self.trend),
+                ("score", self.selection is not None and self.computed),
             )
             if on
         ]
@@ -106,7 +127,8 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
     if spec.measures:
         passes.append(MeasureNoise(branches=spec.branches))
     if spec.corrects:
-        passes.append(CorrectNoise(branches=spec.cached, grids=grids))  # before ReadCuts: it asks what the cuts change
+        changed = (*spec.cached, *(name for name, _ in spec.partial))
+        passes.append(CorrectNoise(branches=changed, grids=grids))  # before ReadCuts: it asks what the cuts change
     if spec.reads:
         passes.append(ReadCuts(branches=spec.reads))
     if spec.predicts:
@@ -121,8 +143,13 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
     if spec.reads_spans:
         passes.append(ReadSpans(spans=spec.reads_spans))  # after WriteSpans: it replaces what that subtracts
     passes.append(Eliminate(freed=spec.cached))  # what reading the cuts left behind
-    if spec.cached:
+    if spec.selection is not None and spec.partial:  # after Eliminate: what only reused branches shared is its own now
+        passes.append(GuardTokens(partial=spec.partial, selection=spec.selection))
+        passes.append(Eliminate())
+    if spec.selection is not None and spec.computed:  # after Eliminate: attentions that are gone tell nothing
+        passes.append(ScoreTokens(branches=spec.branches, selection=spec.selection))
+    if spec.cached or spec.partial:
         passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
-    if spec.cached and hoists:
+    if (spec.cached or spec.partial) and hoists:
         passes.append(HoistConditions())  # last: of the conditions, only what the reuse step still needs
     return tuple(passes)
