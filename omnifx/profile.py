@@ -247,10 +247,8 @@ class Profile:
         """[S], float64: how much larger a branch's or span's cuts are than those of the step before, the mean over runs
         and streams.
 
-        Raises: ConfigError if the profile does not hold it, or the span cannot be reused.
+        Raises: ConfigError if the profile does not hold it.
         """
-        if name in (span.name for span in self.meta.spans):
-            self.meta.span(name)
         return self._measured([name], 1)[:, -1, 0]
 
     def _measured(self, names: Sequence[str], lags: int) -> Tensor:

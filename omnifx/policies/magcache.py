@@ -42,7 +42,7 @@ class MagCache(Policy):
             raise ConfigError(f"retention must be a number in [0, 1], got {self.retention!r}.")
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
-        stack = profile.meta.stack
+        stack = profile.meta.span(profile.meta.stack).name  # or says why all blocks cannot be reused as one
         curve = profile.growth_of(stack).tolist()
         if speedup is None or self.threshold is not None:
             return self._plan(profile, stack, curve, 0.24 if self.threshold is None else self.threshold)

@@ -36,7 +36,8 @@ class Stacks:
         model, half = self.model, self.model.width // 2
         angles = t[:, None] * torch.exp(-torch.arange(half) * 9.2 / half)
         c = model.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + model.label(y)
-        h = model.embed(x).flatten(2).transpose(1, 2) + model.position
+        rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+        h = model.embed(x).flatten(2).transpose(1, 2) + model.positions(rows, columns)
         reused, number = self.reused(self.step), 0
         trunk = [h]
         while number < len(model.blocks):
@@ -49,8 +50,7 @@ class Stacks:
         if reused is None:
             self.kept = {(first, last): trunk[last + 1] - trunk[first] for first, last in self.ranges}
         self.residuals.append({(first, last): trunk[last + 1] - trunk[first] for first, last in self.ranges})
-        size = x.shape[-1] // 2
-        patches = model.head(model.norm(h)).reshape(len(x), size, size, 2, 2, 4)
+        patches = model.head(model.norm(h)).reshape(len(x), rows, columns, 2, 2, 4)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import omnifx
+from omnifx.calibration import merge
 from omnifx.errors import ConfigError
 from omnifx.plan import REUSE
 from omnifx.policies.magcache import MagCache
@@ -111,6 +112,11 @@ def test_the_smallest_threshold_that_reaches_a_speedup_is_taken_or_it_is_refused
 def test_a_profile_of_another_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"does not tell how \['span0-3'\] change over 1 steps: it was measured for"):
         MagCache().plan(block_profile(8))
+
+
+def test_runs_are_averaged() -> None:
+    both = merge([curve_profile([1.0, 1.25, 0.75]), curve_profile([1.0, 1.75, 0.25])])
+    assert both.growth_of("span0-3").tolist() == [1.0, 1.5, 0.5]
 
 
 def test_profiles_with_changes_come_back_from_their_files(tmp_path: Any) -> None:
