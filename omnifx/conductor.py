@@ -105,14 +105,13 @@ class Call:
     logged: bool = False
     counts: Counter[int] = field(default_factory=Counter)
     """How often each program ran in this step."""
+    changes: Changes | None = None
+    """How the cuts had changed since the last steps, if that is recorded."""
 
     @property
     def spans(self) -> tuple[str, ...]:
         """The spans whose actions end the row of a step that reuses anything."""
         return self.stream.entries[0].plan.span_names if self.stream.entries else ()
-
-    changes: Changes | None = None
-    """How the cuts had changed since the last steps, if that is recorded."""
 
     @property
     def merges(self) -> tuple[str, ...]:
