@@ -122,7 +122,8 @@ def test_a_branch_gathers_its_tokens_and_scatters_them_into_the_cached_cut() -> 
         "view_3 = view(unsqueeze_4) | view_4 = view(cached_unsqueeze_2) | view_5 = view(index_unsqueeze_2) | "
         "index_put = index_put(view_4, view_5, view_3) | view_6 = view(index_put) | "
         "mul = mul(unsqueeze_1, view_6) | add = add(arg1_1, mul) | select_1 = select(add) | "
-        "permute_2 = permute(arg4_1) | mm_2 = mm(select_1, permute_2) | unsqueeze_3 = unsqueeze(mm_2) | return(unsqueeze_3, view_6)"
+        "permute_2 = permute(arg4_1) | mm_2 = mm(select_1, permute_2) | unsqueeze_3 = unsqueeze(mm_2) | "
+        "return(unsqueeze_3, view_6)"
     )
 
 
