@@ -135,7 +135,7 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             left = {stop.place for stop in taken.breaks}
             taken.avoided = tuple(stop for stop in in_parts.breaks if stop.place not in left)
             if settings:
-                taken.notes = (f"it is captured with Dynamo's settings {' and '.join(settings)}, as it is when it runs",)
+                taken.notes = (f"captured with Dynamo's settings {' and '.join(settings)}, as when it runs",)
             return taken
         if failure is not None:
             raise failure

@@ -283,7 +283,9 @@ def test_a_call_that_fails_for_captured_sizes_runs_as_it_is() -> None:
         expected = model(*given)
         fast(*given)  # looks at the experts
         fast(*given)  # looks at the block around them
-        with pytest.warns(OmnifxWarning, match="Routed is captured in parts from now on: with capture_scalar_outputs .* a call failed"):
+        with pytest.warns(
+            OmnifxWarning, match="Routed is captured in parts from now on: with capture_scalar_outputs .* a call failed"
+        ):
             image = fast(*given)
 
     assert torch.allclose(image, expected, atol=2e-5)
