@@ -56,14 +56,20 @@ def captured(case: Case, score: str, lowering: str) -> tuple[Program, list[Any]]
     return runner.program, seen
 
 
-def run(variant: Variant, args: list[Any], values: dict[str, Tensor]) -> Sequence[Any]:
-    """One run of a variant; extra inputs that nobody made are zeros."""
-    fed = dict(values)
+def fed(variant: Variant, args: list[Any], values: dict[str, Tensor]) -> list[Any]:
+    """The inputs of a variant, conditions included, as its table would give them; ages and stamps are zeros."""
+    known = dict(values)
     for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
-        if label.partition(":")[0] in ("stamp", "age", "score") and label not in fed:
-            fed[label] = torch.zeros(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
+        if label.partition(":")[0] in ("stamp", "age"):
+            known[label] = torch.zeros(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
     with torch.no_grad():
-        return variant.run(variant.feed(args, fed))
+        return variant.feed(args, known)
+
+
+def run(variant: Variant, inputs: list[Any]) -> Sequence[Any]:
+    """One run of a variant."""
+    with torch.no_grad():
+        return variant.run(list(inputs))
 
 
 def measure(case: Case, *, score: str, shares: Sequence[float], repeats: int, lowering: str) -> list[dict[str, Any]]:
@@ -72,15 +78,16 @@ def measure(case: Case, *, score: str, shares: Sequence[float], repeats: int, lo
     selection = ToCa(score=score).selection  # type: ignore[arg-type]
     full = program.variant(program.full(measures=False, selection=selection))
     plain = program.variant(program.full(measures=False))
-    made = run(full, args, {})[program.num_outputs :]
+    made = run(full, args)[program.num_outputs :]
     values = {label: value.clone() for label, value in zip(full.extra_outputs, made, strict=True)}
     rows = []
     for share in shares:
         actions = [partial(max(1, int(share * b.tokens.number))) if b.tokens else REUSE for b in program.branches]
         few = program.variant(program.reusing(tuple(actions), corrects=False, selection=selection))
-        for variant in (full, plain, few):
-            run(variant, args, values)
-        times = [[clock_of(lambda v=v: run(v, args, values)) for v in (full, plain, few)] for _ in range(repeats)]  # type: ignore[misc]
+        timed = [(variant, fed(variant, args, values)) for variant in (full, plain, few)]
+        for variant, inputs in timed:
+            run(variant, inputs)
+        times = [[clock_of(lambda v=v, i=i: run(v, i)) for v, i in timed] for _ in range(repeats)]  # type: ignore[misc]
         spent = statistics.median(t[2] / t[1] for t in times)
         promised = few.flops / plain.flops
         rows.append(

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnifx.errors import PlanError
-from omnifx.plan import COMPUTE, REUSE, Action, Correction, Plan
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Action, Correction, Plan, is_action, partial, partial_tokens
+from omnifx.tokens import Selection
 from tests.profiles import make_profile
 
 
@@ -128,3 +129,64 @@ def test_a_truncated_plan_file_is_refused(tmp_path_factory: pytest.TempPathFacto
 def test_a_missing_plan_file_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot read .*nowhere.json: .* Make one with `omnifx plan`"):
         Plan.load(tmp_path / "nowhere.json")
+
+
+OLDEST = Selection(score="none", staleness=0.1)
+
+
+def test_a_partial_plan_comes_back_from_its_file_and_counts_its_steps(tmp_path: Path) -> None:
+    plan = toy_plan([COMPUTE, partial(64), partial(0), REUSE], selection=OLDEST)
+
+    plan.save(tmp_path / "plan.json")
+
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.num_reuse_steps == 3
+    assert plan.timeline().endswith("Ftrr")
+
+
+def test_plans_from_before_there_were_tokens_still_load(tmp_path: Path) -> None:
+    path = saved(toy_plan([COMPUTE, REUSE]), tmp_path / "plan.json")
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("selection", "tokens")}
+    path.write_text(json.dumps(old))
+
+    assert Plan.load(path) == toy_plan([COMPUTE, REUSE])
+
+
+def test_partial_branches_without_a_selection_are_refused() -> None:
+    with pytest.raises(PlanError, match="no selection says which tokens they compute"):
+        toy_plan([COMPUTE, partial(3)])
+
+
+def test_a_first_step_that_computes_some_tokens_is_refused() -> None:
+    with pytest.raises(PlanError, match="step 0 reuses a branch"):
+        toy_plan([partial(3), COMPUTE], selection=OLDEST)
+
+
+@pytest.mark.parametrize("text", ["partial:-1", "partial:07", "partial:", "partial:3.5", "compute\n", "skip", ""])
+def test_what_is_no_action_is_refused(text: str) -> None:
+    assert not is_action(text)
+    with pytest.raises(PlanError):
+        toy_plan([COMPUTE, text], selection=OLDEST)
+
+
+@pytest.mark.parametrize(("action", "tokens"), [(COMPUTE, None), (REUSE, None), (partial(0), 0), (partial(12), 12)])
+def test_an_action_says_how_many_tokens_it_computes(action: Action, tokens: int | None) -> None:
+    assert is_action(action)
+    assert partial_tokens(action) == tokens
+
+
+def test_a_branch_is_predicted_or_partial_but_not_both() -> None:
+    with pytest.raises(PlanError, match=r"is predicted in some steps and partial in others"):
+        toy_plan([COMPUTE, PREDICT, partial(3)], weights=[(), (1.0,), ()], terms=1, selection=OLDEST)
+
+
+def test_a_partial_branch_beside_a_predicted_one_counts_as_stored_and_kept() -> None:
+    rows = [(COMPUTE, COMPUTE), (PREDICT, partial(3)), (PREDICT, REUSE), (COMPUTE, COMPUTE)]
+
+    plan = Plan.from_rows(
+        make_profile(4), rows, policy="toy", weights=[(), (1.0,), (1.0,), ()], terms=2, selection=OLDEST
+    )
+
+    assert plan.kept == plan.branches
+    assert plan.timeline().endswith("FtpF")
+    assert plan.stored_before()[2:] == (((0,), (1, 0)), ((0,), (1, 0)))
