@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnifx.errors import PlanError
-from omnifx.plan import COMPUTE, REUSE, Action, Correction, Plan, is_action, partial, partial_tokens
+from omnifx.plan import COMPUTE, PREDICT, REUSE, Action, Correction, Plan, is_action, partial, partial_tokens
 from omnifx.tokens import Selection
 from tests.profiles import make_profile
 
@@ -141,7 +141,7 @@ def test_a_partial_plan_comes_back_from_its_file_and_counts_its_steps(tmp_path: 
 
     assert Plan.load(tmp_path / "plan.json") == plan
     assert plan.num_reuse_steps == 3
-    assert plan.timeline().endswith("Fprr")
+    assert plan.timeline().endswith("Ftrr")
 
 
 def test_plans_from_before_there_were_tokens_still_load(tmp_path: Path) -> None:
@@ -173,3 +173,20 @@ def test_what_is_no_action_is_refused(text: str) -> None:
 def test_an_action_says_how_many_tokens_it_computes(action: Action, tokens: int | None) -> None:
     assert is_action(action)
     assert partial_tokens(action) == tokens
+
+
+def test_a_branch_is_predicted_or_partial_but_not_both() -> None:
+    with pytest.raises(PlanError, match=r"is predicted in some steps and partial in others"):
+        toy_plan([COMPUTE, PREDICT, partial(3)], weights=[(), (1.0,), ()], terms=1, selection=OLDEST)
+
+
+def test_a_partial_branch_beside_a_predicted_one_counts_as_stored_and_kept() -> None:
+    rows = [(COMPUTE, COMPUTE), (PREDICT, partial(3)), (PREDICT, REUSE), (COMPUTE, COMPUTE)]
+
+    plan = Plan.from_rows(
+        make_profile(4), rows, policy="toy", weights=[(), (1.0,), (1.0,), ()], terms=2, selection=OLDEST
+    )
+
+    assert plan.kept == plan.branches
+    assert plan.timeline().endswith("FtpF")
+    assert plan.stored_before()[2:] == (((0,), (1, 0)), ((0,), (1, 0)))

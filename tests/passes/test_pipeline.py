@@ -5,10 +5,12 @@ import torch
 
 from omnifx.graph import graph_text, run_passes
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, PREDICT, REUSE
+from omnifx.plan import COMPUTE, PREDICT, REUSE, partial
+from omnifx.tokens import Selection
 from tests.toys import gated, noise, toy, toy_inputs, trace
 
 BOTH = ("attn", "mlp")
+OLDEST = Selection(score="none", staleness=0.1)
 
 
 def names(spec: VariantSpec) -> list[str]:
@@ -48,6 +50,27 @@ def names(spec: VariantSpec) -> list[str]:
             VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)),
             ["ReadCuts", "WriteCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
             "reuse1+write",
+        ),
+        (
+            VariantSpec(BOTH, (partial(3), REUSE), writes=(), selection=OLDEST),
+            ["ReadCuts", "Eliminate", "GuardTokens", "Eliminate", "NarrowLinears", "HoistConditions"],
+            "partial3",
+        ),
+        (
+            VariantSpec(BOTH, (partial(3), PREDICT), writes=(), corrects=True, terms=1, selection=OLDEST),
+            [
+                *("CorrectNoise", "PredictCuts", "Eliminate", "GuardTokens", "Eliminate"),
+                *("NarrowLinears", "HoistConditions"),
+            ],
+            "partial3-predict1+correct",
+        ),
+        (
+            VariantSpec(BOTH, (COMPUTE, partial(3)), writes=("attn",), selection=OLDEST),
+            [
+                *("WriteCuts", "Eliminate", "GuardTokens", "Eliminate"),
+                *("ScoreTokens", "NarrowLinears", "HoistConditions"),
+            ],
+            "partial3of1+write+score",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
