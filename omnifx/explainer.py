@@ -122,7 +122,7 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             taken = _Taken(wholes=wholes)
             try:
                 wholes.enter()
-                with dynamo_config.patch(**settings) if settings else contextlib.nullcontext():
+                with dynamo_config.patch(dict(settings)) if settings else contextlib.nullcontext():
                     _capture_call(taken, model, args, kwargs, computes=computes)
             except Exception:
                 if not settings:
@@ -135,9 +135,7 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             left = {stop.place for stop in taken.breaks}
             taken.avoided = tuple(stop for stop in in_parts.breaks if stop.place not in left)
             if settings:
-                taken.notes = (
-                    f"it is captured with Dynamo's settings {' and '.join(settings)}, as it is when it runs",
-                )
+                taken.notes = (f"captured with Dynamo's settings {' and '.join(settings)}, as when it runs",)
             return taken
         if failure is not None:
             raise failure
@@ -238,7 +236,7 @@ def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
 def _hollowly(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A call in which nothing large is computed, be it of hollow tensors or of those on the meta device."""
     on_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
-    with contextlib.nullcontext() if on_meta else Hollowing():
+    with contextlib.nullcontext() if on_meta else Hollowing():  # type: ignore[no-untyped-call]
         return run(*args, **kwargs)
 
 

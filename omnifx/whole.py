@@ -43,7 +43,7 @@ class _Look(TorchDispatchMode):
     """What a module computes from its inputs: FLOPs, and whether it is one branch without side effects."""
 
     def __init__(self, inputs: Iterable[Tensor], state: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.attends = False
         self.writes = False
@@ -245,7 +245,8 @@ class Wholes:
             self._note(module, original, look, given, output, reason)
             return output
 
-        return torch.compiler.disable(observe, reason=_OBSERVED)
+        disabled: Callable[..., Any] = torch.compiler.disable(observe, reason=_OBSERVED)
+        return disabled
 
     def _note(
         self,
@@ -308,7 +309,7 @@ def _registered(
     reference = weakref.ref(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        self = reference()
+        self: Any = reference()
         if not torch.compiler.is_compiling() or torch.is_grad_enabled():
             return _forward_of(self, original)(*args, **kwargs)
         tensors, integers, floats, layout = [], [], [], []
@@ -337,7 +338,8 @@ def _aside(whole: Whole) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return whole.run(args, kwargs)
 
-    return torch.compiler.disable(forward, reason="omnifx cannot keep this module whole")
+    disabled: Callable[..., Any] = torch.compiler.disable(forward, reason="omnifx cannot keep this module whole")
+    return disabled
 
 
 @torch.library.custom_op("omnifx::whole", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
