@@ -144,11 +144,7 @@ class Boundary:
             if self.underway.conductor is not None:
                 self.underway.conductor.missed_start = True
             return self.model._call_impl(*args, **kwargs)
-<<<<<<< HEAD
-        except Exception as error:
-=======
         except Exception as error:  # if the model is at fault, the same comes again
->>>>>>> moe
             if not attempt or self.bypassed:
                 raise
             self.capturing = "failed"
