@@ -36,16 +36,16 @@ def calibrate(
         model: The denoiser, as it is or compiled with ``backend="omnicache"`` (whose lowering and Inductor options are
         used).
         generate: ``generate(model, seed)`` runs one generation with the model it is given; its result is not used.
-        policy: What the profile is for; every policy reads the same profile, and some a prior beside it.
+        policy: What the profile is for. All read the latents, outputs and noise that every profile holds; those that ask
+            for more (changes of branches or blocks, a prior) need a profile that was measured for them.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
         save: Where to write the profile.
         options: Further options of the backend, such as ``{"lowering": "eager"}``.
         progress: Whether to show a progress bar.
 
     Returns: The profile of all runs.
-    Raises: ConfigError for `runs` < 1 or a model without reusable branches; ProfileError if a run could not be
-    measured, or ran
-        other steps than the first.
+    Raises: ConfigError for `runs` < 1, a policy that decides at run time or a model without reusable branches;
+        ProfileError if a run could not be measured, or ran other steps than the first.
     Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it; for a policy with
     a prior as much again, and as much on the host.
     """
