@@ -36,8 +36,8 @@ def calibrate(
         model: The denoiser, as it is or compiled with ``backend="omnicache"`` (whose lowering and Inductor options are
         used).
         generate: ``generate(model, seed)`` runs one generation with the model it is given; its result is not used.
-        policy: What the profile is for. All read the latents, outputs and noise that every profile holds; those that ask
-            for more (changes of branches or blocks, a prior) need a profile that was measured for them.
+        policy: What the profile is for. All read the latents, outputs and noise that every profile holds; those that
+            ask for more (changes of branches or blocks, a prior) need a profile that was measured for them.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
         save: Where to write the profile.
         options: Further options of the backend, such as ``{"lowering": "eager"}``.
