@@ -113,7 +113,10 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         failure = error  # perhaps of what Dynamo makes of the pieces, which are not captured where it is kept whole
     if not in_parts.broken:
         return in_parts
-    wholes = _looked_at(model, args, kwargs, computes=computes)
+    try:
+        wholes = _looked_at(model, args, kwargs, computes=computes)
+    except Exception as error:  # noqa: BLE001 - the model itself fails: Dynamo says more about it
+        raise failure or error from None
     try:
         for settings in (dict.fromkeys(CAPTURE, True), {}):
             if not settings and not wholes.found:
