@@ -174,9 +174,7 @@ def merge_priors(priors: Sequence[Prior]) -> Prior:
     """The mean of several generations' priors. Raises ProfileError unless they are of the same cuts and steps."""
     sizes = [{key: (prior.num_steps, *prior.shape(key)) for key in prior.means} for prior in priors]
     if any(size != sizes[0] for size in sizes):
-        raise ProfileError(
-            "merge: the runs made other cuts, or other steps; all must be of one model and sampler."
-        )
+        raise ProfileError("merge: the runs made other cuts, or other steps; all must be of one model and sampler.")
     runs = sum(prior.num_runs for prior in priors)
     means = {
         key: torch.stack([prior.along(key) * (prior.num_runs / runs) for prior in priors]).sum(0)

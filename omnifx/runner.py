@@ -265,9 +265,9 @@ class Runner:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
-        program, call, _stream = self.program, job.call, job.call.stream
+        program, call = self.program, job.call
         computes = not reuses(job.row)
-        variant = self._compiled(self._spec(job)) if not computes else self._compiled(self._full_spec(job))
+        variant = self._compiled(self._full_spec(job) if computes else self._spec(job))
         if call.stream.step == 0:
             for table in self._tables.values():
                 table.check(args)

@@ -296,7 +296,7 @@ def test_a_plan_is_printed_written_and_drawn(profile_path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "none"], r"expected one of \['fora', 'full', 'omnicache'"),
+        (["--policy", "none"], r"expected one of \[.*'fora', 'full'"),
         (["--speedup", "50"], r"speedup must be in \[1, "),
         (["--speedup", "0.5"], "speedup must be a number >= 1"),
         (["--out", "no/such/folder/plan.json"], "mkdir -p no/such/folder"),

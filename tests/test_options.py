@@ -37,7 +37,7 @@ def test_unknown_keys_are_listed_with_the_known_ones() -> None:
     [
         (
             {"policy": "teacache2"},
-            r"option 'policy' found 'teacache2': .*expected one of \['fora', 'full', 'omnicache'",
+            r"option 'policy' found 'teacache2': .*expected one of \[.*'fora', 'full'",
         ),
         ({"policy": 3}, "option 'policy' found 3"),
         ({"speedup": 0.5}, "option 'speedup' found 0.5: .*greater than or equal to 1"),

@@ -200,7 +200,11 @@ def test_the_bytes_of_a_prior_are_told_and_bounded() -> None:
     fast = torch.compile(model, backend="omnicache", options=options)
 
     says = r"the prior takes 49,152 bytes for 8 steps, but record_budget is 40,000"
-    with pytest.warns(OmnifxWarning, match="no plan: eoc"), pytest.warns(OmnifxWarning, match=says), omnifx.generation(fast):
+    with (
+        pytest.warns(OmnifxWarning, match="no plan: eoc"),
+        pytest.warns(OmnifxWarning, match=says),
+        omnifx.generation(fast),
+    ):
         generate(fast, seed=0, steps=STEPS, text=text())
 
     assert any(
