@@ -8,6 +8,10 @@ Form "shift", ``f_cached + a E_t``, has no unit; it is ours. So is the judgement
 of which the magnitude of E is known; here a step follows the prior if E is not small beside its mean over all steps,
 and goes on in the direction of the step before, taken over all branches. The source averages the conditional half of
 the batch, and applies that to both halves; a graph does not tell which half that is, so `samples` does.
+Measured on the digits models, 20 steps, every other one full (`python -m benchmarks.predictors --intervals 2`, 50 seeds,
+prior of 150 samples, PSNR to the uncached run in dB, DiT / flow): reuse 42.43 / 39.94; scale 0.01 42.43 / 39.92, 1.0
+42.47 / 38.21; shift 0.5 42.95 / 40.24, unjudged 42.97 / 40.24; shift 1.0 42.80 / 40.20. The mean over samples says little
+of what one sample's branch will change by; there, theta 0.01 is too small to be seen.
 Cost: one set of cuts; the prior (see `omnifx.prior`); a pass over both in each cached step.
 """
 
