@@ -30,6 +30,7 @@ from omnifx.spans import span_name
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
 from omnifx.weights import WeightWatch
+from omnifx.whole import MAX_LOOKS
 
 if TYPE_CHECKING:
     from omnifx.graph import Inputs
@@ -40,8 +41,8 @@ _Key = tuple[Marked | None, tuple[tuple[int, ...], ...]]
 """A mark, and the shapes of a call's inputs: what is recorded together."""
 
 
-PATIENCE = 4
-"""Steps of which nothing is captured until a model is given up: the first two or three only try how to capture it."""
+PATIENCE = MAX_LOOKS + 2
+"""Steps of which nothing is captured until a model is given up: the first ones only try how to capture it."""
 
 
 @dataclass
