@@ -51,7 +51,7 @@ class HoistConditions(Pass):
         for key in ("user_visible_output_idxs", "output_stack_traces"):
             end.meta.pop(key, None)
         conditions.meta[EXTRA_OUTPUTS] = [f"condition:{node.name}" for node in border]
-        conditions.graph.eliminate_dead_code(has_effects)
+        conditions.graph.eliminate_dead_code(_is_end)  # what checks or writes does so in the graph itself, once
         conditions.meta[EXTRA_INPUTS] = []
         for node in reversed([n for n in conditions.graph.nodes if n.op == "placeholder"][_own_inputs(gm) :]):
             conditions.graph.erase_node(node)  # caches: no condition reads them
@@ -72,6 +72,10 @@ class HoistConditions(Pass):
         fed = [label for label in gm.meta[EXTRA_INPUTS] if label.startswith("condition:")]
         if promised != fed:
             raise PassError(f"{self.name}: the graph reads {fed}, but the conditions' graph returns {promised}.")
+
+
+def _is_end(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output")
 
 
 def _own_inputs(gm: fx.GraphModule) -> int:

@@ -60,6 +60,28 @@ def test_no_work_is_done_twice_and_none_is_lost() -> None:
     assert total_flops(split.meta[CONDITIONS]) == total_flops(traced.gm) > 0
 
 
+class Checked(nn.Module):
+    """The toy, and a look at what came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = toy(1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.toy(x, t, y)
+        torch.ops.aten._assert_async.msg(out.abs().max() < 1e9, "too large")
+        return out
+
+
+def test_what_checks_values_of_the_caches_stays_with_them() -> None:
+    gm = reusing(trace(Checked(), *toy_inputs()))
+
+    assert HoistConditions()(gm) is True
+
+    checks = [["assert" in str(node.target) for node in graph.graph.nodes] for graph in (gm, gm.meta[CONDITIONS])]
+    assert list(map(any, checks)) == [True, False]
+
+
 def test_a_reuse_step_keeps_the_ends_of_the_trunk_alone() -> None:
     tiny = TINY["dit"]()
     gm = reusing(trace(tiny.model, **tiny.inputs))
