@@ -3,16 +3,16 @@
 Source: EOC, arXiv:2501.19243, and its code: ``f_cached (1 + theta E_t)`` for the outputs of attention and MLP before
 their gates, with ``E_t = P_t - P_{t-1}``, P the mean output of the branch at each step over sampling runs of every
 class, theta 0.01; the moved value is cached in its turn. Base: FORA on DiT-XL/2, DDIM-20, every other step cached.
-Theta multiplies by the feature itself, so that its unit is one over the feature's: the right one depends on the
-model. Form "shift", ``f_cached + a E_t``, has no unit; it is ours. So is the judgement of steps: the paper's has two
-criteria, of which the magnitude of E is known; here a step follows the prior if E is not small beside its mean over
-all steps, and goes on in the direction of the step before, taken over all branches. The source averages the
-conditional half of the batch, and applies that to both halves; a graph does not tell which half that is, so `samples`
-does. Measured on the digits models, 20 steps, every other one full (`python -m benchmarks.predictors --intervals 2`,
-50 seeds, prior of 150 samples, PSNR to the uncached run in dB, DiT / flow): reuse 42.43 / 39.94; scale 0.01 42.43 /
+Theta multiplies by the feature itself, so that its unit is one over the feature's: the right one depends on the model.
+Form "shift", ``f_cached + a E_t``, has no unit; it is ours. So is the judgement of steps: the paper's has two criteria,
+of which the magnitude of E is known; here a step follows the prior if E is not small beside its mean over all steps,
+and goes on in the direction of the step before, taken over all branches. The source averages the conditional half of
+the batch, and applies that to both halves; a graph does not tell which half that is, so `samples` does.
+Measured on the digits models, 20 steps, every other one full (`python -m benchmarks.predictors --intervals 2`, 50
+seeds, prior of 150 samples, PSNR to the uncached run in dB, DiT / flow): reuse 42.43 / 39.94; scale 0.01 42.43 /
 39.92, 1.0 42.47 / 38.21; shift 0.5 42.95 / 40.24, unjudged 42.97 / 40.24; shift 1.0 42.80 / 40.20. The mean over
-samples says little of what one sample's branch will change by; there, theta 0.01 is too small to be seen. Cost: one
-set of cuts; the prior (see `omnifx.prior`); a pass over both in each cached step.
+samples says little of what one sample's branch will change by; there, theta 0.01 is too small to be seen.
+Cost: one set of cuts; the prior (see `omnifx.prior`); a pass over both in each cached step.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """Move reused branches on by the change between their last two stored values, where that was seen to help.
 
-Source: GOC, arXiv:2503.05156, and its code: ``f_cached + eta (f_cached - f_prev)`` for the outputs of attention and
-MLP before their gates, from a queue of the last two outputs, in which cached and corrected ones are stored like
-computed ones; eta is 1.2 with FORA and 0.8 with L2C. Only listed steps are corrected: of DDIM-20 with every other
-step cached 3, 5, 7, 9, 11, 13, 15 and 19; step 1 has no history, and step 17 is an inflection. Ours: without a list,
-the steps where the correction would have brought the measured generation's outputs nearer to the truth (outputs stand
-for features, of which a profile keeps nothing; they are nearly linear in them). And the smallest interval that
-reaches a speedup. With eta above 1 a corrected value's error comes back larger in the next correction, as f_prev, so
-that a run of corrections grows without bound where nothing interrupts it; the judgement does. Measured on the digits
-models, 20 steps, every other one full (`python -m benchmarks.predictors --intervals 2`, 50 seeds, PSNR to the
-uncached run in dB, DiT / flow): reuse 42.4 / 39.9; eta 1.2 45.5 / 44.0, at all cached steps 28.9 / 35.2; eta 0.8 46.9
-/ 47.8. Cost: two sets of cuts, and a pass over them in each cached step.
+Source: GOC, arXiv:2503.05156, and its code: ``f_cached + eta (f_cached - f_prev)`` for the outputs of attention and MLP
+before their gates, from a queue of the last two outputs, in which cached and corrected ones are stored like computed
+ones; eta is 1.2 with FORA and 0.8 with L2C. Only listed steps are corrected: of DDIM-20 with every other step cached
+3, 5, 7, 9, 11, 13, 15 and 19; step 1 has no history, and step 17 is an inflection.
+Ours: without a list, the steps where the correction would have brought the measured generation's outputs nearer to the
+truth (outputs stand for features, of which a profile keeps nothing; they are nearly linear in them). And the smallest
+interval that reaches a speedup.
+With eta above 1 a corrected value's error comes back larger in the next correction, as f_prev, so that a run of
+corrections grows without bound where nothing interrupts it; the judgement does.
+Measured on the digits models, 20 steps, every other one full (`python -m benchmarks.predictors --intervals 2`, 50
+seeds, PSNR to the uncached run in dB, DiT / flow): reuse 42.4 / 39.9; eta 1.2 45.5 / 44.0, at all cached steps 28.9 /
+35.2; eta 0.8 46.9 / 47.8.
+Cost: two sets of cuts, and a pass over them in each cached step.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 Source: TaylorSeer, arXiv:2503.06923, and its code: the first `num_warmup_steps` steps are full, then one in each
 `interval`; differences are taken over the steps between the last full ones, and begin with the last but one warm-up
-step. Cached are the outputs of attention and MLP before their gates. Ours: the smallest interval that reaches a
-speedup, and the other predictors. Measured on the digits models, 20 steps, every other one full (`python -m
-benchmarks.predictors --intervals 2`, 50 seeds, PSNR to the uncached run in dB, DiT / flow): reuse 42.4 / 39.9;
-taylor:1 46.7 / 46.8; taylor:2 47.0 / 47.6; taylor:3 47.0 / 47.7; newton:2 46.7 / 48.5; average 45.0 / 43.5;
-chebyshev:2 46.1 / 45.3; fitted:3 46.6 / 48.2. Cost: ``order + 1`` sets of cuts, and a pass over them in each
-predicted step.
+step. Cached are the outputs of attention and MLP before their gates.
+Ours: the smallest interval that reaches a speedup, and the other predictors.
+Measured on the digits models, 20 steps, every other one full (`python -m benchmarks.predictors --intervals 2`, 50
+seeds, PSNR to the uncached run in dB, DiT / flow): reuse 42.4 / 39.9; taylor:1 46.7 / 46.8; taylor:2 47.0 / 47.6;
+taylor:3 47.0 / 47.7; newton:2 46.7 / 48.5; average 45.0 / 43.5; chebyshev:2 46.1 / 45.3; fitted:3 46.6 / 48.2.
+Cost: ``order + 1`` sets of cuts, and a pass over them in each predicted step.
 """
 
 from dataclasses import dataclass
