@@ -12,8 +12,9 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
-from omnifx.boundary import CAPTURE, Boundary, compiled_call
+from omnifx.boundary import CAPTURE, MOST_LEFT, Boundary, compiled_call
 from omnifx.capture import capture, origins_of, root_module, state_inputs
+from omnifx.errors import MatchError
 from omnifx.program import Program
 from omnifx.session import Session, keep_with, session_for, weights_hash
 
@@ -72,7 +73,7 @@ def omnicache(
                 return compiled
             except Exception as error:  # noqa: BLE001 - whatever could not deal with such a graph
                 settings = " and ".join(CAPTURE)
-                session.tell(f"captured with {settings}, {session.model_name} could not be compiled: {error}")
+                session.tell(f"captured with {settings}, {session.model_name} is not compiled as one graph: {error}")
         if not boundary.bypassed:
             boundary.capturing = "failed"
             session.forget_programs()
@@ -95,6 +96,9 @@ def _compile_program(
     lowering = EagerLowering() if eager else InductorLowering(inputs, arguments)
     budget = session.budget_per_stream(device)
     program = Program(graph, inputs, static, lowering, budget=budget, hoists=not broken)
+    attempt = session.boundary is not None and session.boundary.capturing == "whole" and not session.boundary.bypassed
+    if attempt and not broken and program.analysis.left > MOST_LEFT:
+        raise MatchError(f"a reuse step would cost {program.analysis.left:.1%} of a full one")
     runner = session.add_program(program, digest, broken=broken)
     for spec in runner.specs_ahead():
         program.variant(spec)

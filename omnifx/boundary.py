@@ -38,6 +38,11 @@ CAPTURE = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 """Settings of Dynamo that keep some graphs whole which depend on values: `.item()`, boolean masks, `nonzero`."""
 
 
+MOST_LEFT = 0.5
+"""Share of a full step that a reuse step may still cost where captured sizes make a model one graph: values of unknown
+size cannot be cached, but the parts of the model have none."""
+
+
 class Underway(threading.local):
     """The step that each thread is in, for the graphs of a broken model to find."""
 
@@ -78,9 +83,9 @@ class Boundary:
     """Reads the calls of one compiled module.
 
     Before the parts of a broken model are taken for granted, its second call is captured anew, with the settings
-    `CAPTURE` on for this model's calls. Where that makes it one graph, it stays so; else the third call is captured as
-    the first one was, in parts. Submodules that the breaks lie in are looked at in the first call, or the first few,
-    and are operators to Dynamo from then on (see `omnifx.whole`).
+    `CAPTURE` on for this model's calls. Where that makes it one graph, most of which can be reused, it stays so; else
+    the third call is captured as the first one was, in parts. Submodules that the breaks lie in are looked at in the
+    first call, or the first few, and are operators to Dynamo from then on (see `omnifx.whole`).
 
     Args:
         model: The module as it was before compilation.

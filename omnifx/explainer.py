@@ -21,7 +21,7 @@ from torch._inductor import config as inductor_config
 from torch.utils._pytree import tree_leaves
 
 from omnifx.backends.eager import EagerLowering
-from omnifx.boundary import CAPTURE, codes_around
+from omnifx.boundary import CAPTURE, MOST_LEFT, codes_around
 from omnifx.breaks import GraphBreak, watch_breaks
 from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.errors import MatchError
@@ -133,7 +133,7 @@ def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 continue  # so does a compiled model that cannot be captured with them
             finally:
                 wholes.leave()
-            if taken.broken and settings:
+            if settings and (taken.broken or any(program.analysis.left > MOST_LEFT for program in taken.programs)):
                 continue
             left = {stop.place for stop in taken.breaks}
             taken.avoided = tuple(stop for stop in in_parts.breaks if stop.place not in left)

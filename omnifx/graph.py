@@ -136,6 +136,11 @@ class Analysis:
     """FLOPs left when every cacheable branch is reused."""
 
     @property
+    def left(self) -> float:
+        """Share of a full step that a step costs which reuses everything."""
+        return self.reuse_flops / self.flops if self.flops else 1.0
+
+    @property
     def cacheable(self) -> tuple[Branch, ...]:
         """The branches that may be reused, in graph order."""
         return tuple(branch for branch in self.branches if branch.cacheable)

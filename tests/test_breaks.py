@@ -302,7 +302,7 @@ def test_a_model_that_cannot_be_compiled_whole_is_cached_in_parts(monkeypatch: p
         made(self, gm, *args, **kwargs)
 
     monkeypatch.setattr(Program, "__init__", fails_on_unknown_sizes)
-    with pytest.warns(OmnifxWarning, match="could not be compiled: .*no size is known"):
+    with pytest.warns(OmnifxWarning, match="not compiled as one graph: .*no size is known"):
         images = [generate(fast, seed=seed, steps=STEPS, text=text) for seed in (0, 1)]
 
     stats = omnifx.stats(fast)
@@ -311,6 +311,21 @@ def test_a_model_that_cannot_be_compiled_whole_is_cached_in_parts(monkeypatch: p
     for seed, letters in ((0, FULL), (1, PLAN)):
         expected = generate(Reference(model, letters), seed=seed, steps=STEPS, text=text)
         assert torch.allclose(images[seed], expected, atol=2e-5)
+
+
+def test_one_graph_that_leaves_most_of_a_step_is_given_up_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omnifx.backend.MOST_LEFT", 0.001)
+    model = lively(Masked(2, text=16))
+    fast = compiled(model)
+    text = noise(1, 5, 16, seed=7)
+
+    with pytest.warns(OmnifxWarning, match=r"not compiled as one graph: a reuse step would cost .*% of a full one"):
+        images = [generate(fast, seed=seed, steps=STEPS, text=text) for seed in (0, 1)]
+
+    assert omnifx.stats(fast).graphs > 1
+    assert letters_of(omnifx.stats(fast).generations[-1]) == PLAN
+    expected = generate(Reference(model, PLAN), seed=1, steps=STEPS, text=text)
+    assert torch.allclose(images[1], expected, atol=2e-5)
 
 
 def test_parts_are_counted_once_a_step() -> None:
