@@ -1,7 +1,7 @@
 """Every policy on the trained digits models, over a range of settings: fidelity, quality, time and memory over compute.
 
     python -m benchmarks.policies [--models dit flow] [--policies NAME ...] [--steps 50] [--samples 100]
-        [--lowering inductor|eager] [--out FILE] [--plot FOLDER] [--smoke]
+        [--lowering inductor|eager] [--out FILE] [--smoke]
 
 Every row has the seeds and labels of the uncached samples it is compared with. What a policy measures before (a
 profile, or the first generation that a run-time policy fits something to) comes from other seeds. No setting is chosen
@@ -27,7 +27,6 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def settings_of(model: str, steps: int) -> list[Setting]:
         + [{"release": release}],
         "duca": [{"release": release, "interval": n} for n in intervals],
         "delta-dit": [{"interval": n} for n in intervals],
-        "t-gate": [{"gate_step": steps * share // 100} for share in (60, 40, 20, 10)],
+        "t-gate": [{"gate_step": max(1, steps * share // 100)} for share in (60, 40, 20, 10)],
         "pab": [{}]
         + [{"spatial_range": 2 * n, "cross_range": 6 * n, "window": (0.0, 1000.0)} for n in (1, 2)]
         + [
@@ -131,7 +130,8 @@ def settings_of(model: str, steps: int) -> list[Setting]:
             chosen = dict(chosen)
             rows.append(Setting(method=method, speedup=chosen.pop("speedup", None), options=chosen))
     for baseline in BASELINES:
-        rows += [Setting(method=baseline, calls=round(steps / ratio)) for ratio in (*asked, 4.0)]
+        calls = dict.fromkeys(round(steps / ratio) for ratio in (*asked, 4.0))
+        rows += [Setting(method=baseline, calls=number) for number in calls]
     return rows
 
 
@@ -174,7 +174,11 @@ class Bench:
         self.case.sample(model, seeds=seeds, labels=labels_of(self.batch), **{"steps": self.steps, **more})
 
     def _sample(self, model: Any, **more: Any) -> tuple[Tensor, float]:
-        """All samples, and the least CPU seconds of a batch."""
+        """All samples, and the least CPU seconds of a batch; the uncached model's are taken anew beside them."""
+        if model is not self.plain:
+            start = time.process_time()
+            self._warm_up(self.plain)
+            self.seconds = time.process_time() - start
         found, seconds = [], []
         for first in range(0, self.samples, self.batch):
             labels = self.labels[first : first + self.batch]
@@ -258,13 +262,12 @@ class Bench:
         variants: int,
     ) -> Figures:
         quality = evaluate(images, self.uncached, self.labels, self.classifier, self.real)
-        _, base = self._sample(self.plain)
         return {
             "method": setting.method,
             "setting": setting.label,
             "full steps": full,
             "compute": compute,
-            "time": seconds / base,
+            "time": seconds / self.seconds,
             "PSNR dB": quality.psnr,
             "p10 dB": quality.psnr_p10,
             "SSIM": quality.ssim,
@@ -313,7 +316,7 @@ def measure_model(name: str, *, methods: Sequence[str], steps: int, samples: int
 
 
 def main(arguments: list[str] | None = None) -> list[Figures]:
-    """Measure all tables, print them, and write and draw them if asked to."""
+    """Measure all tables, print them, and write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--policies", nargs="+", default=[], help="default: all, and the baselines")
@@ -321,7 +324,6 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
     parser.add_argument("--samples", type=int, default=100, help=f"at most {BATCH}, or a multiple of it")
     parser.add_argument("--lowering", choices=["inductor", "eager"], default="inductor")
     parser.add_argument("--out", default="", help="a JSON file to write")
-    parser.add_argument("--plot", default="", help="a folder to draw fidelity over compute into")
     parser.add_argument("--smoke", action="store_true", help="8 samples, 8 steps, three policies, eager: seconds")
     args = parser.parse_args(arguments)
     if args.smoke:
@@ -344,14 +346,6 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
                 save(args.out, figures)  # after every model: what is measured is not lost
     for found in figures:
         table(found["rows"], f"{found['model']} ({found['sampler']}), {found['steps']} steps, {found['samples']} samples")
-        if args.plot:
-            from benchmarks.policies_plot import fidelity_figure
-            from omnifx.pictures import save_figure
-
-            folder = Path(args.plot)
-            folder.mkdir(parents=True, exist_ok=True)
-            path = save_figure(fidelity_figure(found), folder / f"policies-{found['model']}.png")
-            print(f"drawn to {path}")
     return figures
 
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from benchmarks.models import CASES, Case
 from benchmarks.results import save, table
-from benchmarks.speed import clock_of
 from omnifx.plan import REUSE, partial
 from omnifx.policies.toca import ToCa
 from omnifx.program import Program, Variant
@@ -64,6 +64,15 @@ def fed(variant: Variant, args: list[Any], values: dict[str, Tensor]) -> list[An
             known[label] = torch.zeros(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
     with torch.no_grad():
         return variant.feed(args, known)
+
+
+def clock_of(call: Callable[[], object]) -> float:
+    """Seconds of one call, device work included."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def run(variant: Variant, inputs: list[Any]) -> Sequence[Any]:

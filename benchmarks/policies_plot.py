@@ -1,19 +1,11 @@
-"""Fidelity over compute of every policy: what `benchmarks.policies` draws.
-
-    python -m benchmarks.policies_plot benchmarks/results/policies.json docs/policies
-"""
+"""Fidelity over compute of every policy: what `benchmarks.policies_pages` draws."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from omnifx.pictures import save_figure
 
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "whole steps": ("#0072B2", ("fora", "omnicache", "lemica")),
@@ -66,13 +58,3 @@ def fidelity_figure(figures: dict[str, Any]) -> Figure:
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
-
-def main(arguments: list[str]) -> None:
-    """Draw all models of a JSON into a folder."""
-    path, folder = Path(arguments[0]), Path(arguments[1])
-    for found in json.loads(path.read_text(encoding="utf-8"))["figures"]:
-        print(save_figure(fidelity_figure(found), folder / f"policies-{found['model']}.png"))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -6,6 +6,8 @@ step to the next, fixed or adapted to the timestep; scores s1 to s4 (`omnifx.tok
 reused whole in partial steps, and so is what cannot be computed by tokens; plans say which and why.
 Ours: steps fall into `groups`, in each of which f_step is that of its mean step, so that few variants are compiled; the
 default score needs no attention map; kinds that a release does not have take the factors of another one.
+Partial steps take longer than their FLOPs say, by about `OVERHEAD` of a full step. So that the planner prefers what is
+faster, an asked speedup has to be reached with that counted, and a step that would gain nothing computes everything.
 Cost: one variant for each group; scores and ages of all tokens, 4 bytes each; with score="attention" every full step
 computes all attention maps once more, unfused.
 """
@@ -20,13 +22,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, REUSE, Action, Plan, Row, partial
+from omnifx.plan import COMPUTE, REUSE, Action, Plan, Row, partial, partial_tokens
 from omnifx.policy import SLACK, Policy, check_speedup, refuse_speedup, register
 from omnifx.profile import BranchMeta, Profile
 from omnifx.tokens import NEEDS_QUERIES, Score, Selection, gives_bonus
 
 STALENESS = 0.25
 """w3: what a token's score gains in an interval in which it is not computed."""
+
+OVERHEAD = 0.05
+"""What choosing, gathering and scattering tokens adds to a partial step, as a share of a full step's time: .03 to .06 at
+1024 tokens on a CPU, 2 blocks, few tokens or many (`benchmarks.policies_partial`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +168,9 @@ class ToCa(Policy):
         wanted, most = check_speedup(speedup, default=1.0), 1.0
         for interval in [self.interval] if self.interval is not None else range(1, profile.num_steps + 1):
             plan = self._plan(profile, interval)
-            most = max(most, plan.speedup)
-            if plan.speedup >= wanted / (1.0 + SLACK * wanted / profile.num_steps):
+            reached = speedup_in_time(plan)
+            most = max(most, reached)
+            if reached >= wanted / (1.0 + SLACK * wanted / profile.num_steps):
                 return plan
         raise refuse_speedup(self.name, wanted, most, f"ratio {self._ratio:g} of the tokens")
 
@@ -184,7 +191,9 @@ class ToCa(Policy):
             elif self._skips(since):
                 rows.append((REUSE,) * len(branches))
             else:
-                rows.append(tuple(self._action(b, at, step, steps) for b, at in zip(branches, layers, strict=True)))
+                row = tuple(self._action(b, at, step, steps) for b, at in zip(branches, layers, strict=True))
+                pays = not has_tokens(row) or profile.meta.cost_of(row) + OVERHEAD < 1.0
+                rows.append(row if pays else (COMPUTE,) * len(branches))
         selection = self._selection(interval)
         return Plan.from_rows(
             profile,
@@ -238,6 +247,17 @@ class ToCa(Policy):
     def _variants_note(self, rows: Sequence[Row]) -> str:
         by_tokens = {row for row in rows if any(action not in (COMPUTE, REUSE) for action in row)}
         return f"{len(set(rows))} variants, {len(by_tokens)} of which compute some tokens"
+
+
+def has_tokens(row: Row) -> bool:
+    """Whether a row computes some tokens of any branch."""
+    return any(partial_tokens(action) for action in row)
+
+
+def speedup_in_time(plan: Plan) -> float:
+    """What a plan is expected to gain in time: its FLOPs, and `OVERHEAD` for each step that computes some tokens."""
+    spent = sum(plan.reuse_flops[step.variant] for step in plan.steps) + OVERHEAD * sum(map(has_tokens, plan.rows))
+    return len(plan.steps) / spent
 
 
 def layers_of(branches: Sequence[BranchMeta], *, depth: int | None) -> list[float]:
