@@ -345,7 +345,9 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
             if args.out:
                 save(args.out, figures)  # after every model: what is measured is not lost
     for found in figures:
-        table(found["rows"], f"{found['model']} ({found['sampler']}), {found['steps']} steps, {found['samples']} samples")
+        table(
+            found["rows"], f"{found['model']} ({found['sampler']}), {found['steps']} steps, {found['samples']} samples"
+        )
     return figures
 
 

@@ -66,7 +66,7 @@ def policy_block(name: str, figures: list[Figures]) -> str:
         parts += [f"Refused on {found['model']}: {reason}" for reason in reasons]
     if not parts:
         return ""
-    told = f"**Measured** on the digits models by `python -m benchmarks.policies`; columns are explained in [README](README.md)."
+    told = "**Measured** on the digits models by `python -m benchmarks.policies`; columns are explained in [README](README.md)."
     return "\n\n".join([told, *parts])
 
 
@@ -87,7 +87,9 @@ def overview(found: Figures) -> str:
             row = best_at(rows, method, share)
             line.append(f"{row['PSNR dB']:.1f} ({row['compute']:.2f})" if row else "-")
         least = min((row for row in rows if row["method"] == method), key=lambda row: row["compute"])
-        lines.append([*line, f"{least['compute']:.2f}", f"{max(r['cache KiB'] for r in rows if r['method'] == method):.0f}"])
+        lines.append(
+            [*line, f"{least['compute']:.2f}", f"{max(r['cache KiB'] for r in rows if r['method'] == method):.0f}"]
+        )
     lines.sort(key=lambda line: -float(line[2].split()[0]) if line[2] != "-" else 0.0)
     head = ["method", *(f"at most {share:g}" for share in SHARES), "least compute", "KiB"]
     guards = found["uncached"]

@@ -46,7 +46,14 @@ def fidelity_figure(figures: dict[str, Any]) -> Figure:
             rows = [row for row in figures["rows"] if row["method"] == method and row["PSNR dB"] < _MOST_DB]
             if not rows:
                 continue
-            axes.scatter([r["compute"] for r in rows], [r["PSNR dB"] for r in rows], 22, colour, marker, alpha=0.35)
+            axes.scatter(
+                [r["compute"] for r in rows],
+                [r["PSNR dB"] for r in rows],
+                s=22,
+                color=colour,
+                marker=marker,
+                alpha=0.35,
+            )
             best = best_so_far(rows)
             axes.plot(*zip(*best, strict=True), color=colour, marker=marker, ms=5, lw=1.3, label=method)
     axes.set_xlabel("compute: share of the uncached FLOPs")
@@ -57,4 +64,3 @@ def fidelity_figure(figures: dict[str, Any]) -> Figure:
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
-
