@@ -3,8 +3,8 @@
     python -m benchmarks.policies_pages [--results benchmarks/results/policies.json] [--docs docs/policies] [--check]
 
 Between `START` and `END` a page belongs to this command; the rest of it is written by hand. The figures of
-`benchmarks.policies_plot` are drawn beside the overview, `README.md`. With --check nothing is written, and the exit status says
-whether a page differs.
+`benchmarks.policies_plot` are drawn beside the overview, `README.md`. With --check nothing is written, and the exit
+status says whether a page differs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def policy_block(name: str, figures: list[Figures]) -> str:
         parts += [f"Refused on {found['model']}: {reason}" for reason in reasons]
     if not parts:
         return ""
-    told = "**Measured** on the digits models by `python -m benchmarks.policies`; columns are explained in [README](README.md)."
+    told = (
+        "**Measured** on the digits models (`python -m benchmarks.policies`); [README](README.md) explains the columns."
+    )
     return "\n\n".join([told, *parts])
 
 

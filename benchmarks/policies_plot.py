@@ -19,8 +19,8 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "no cache": ("#555555", ("fewer steps", "extrapolated output")),
 }
-"""Colours (of Okabe and Ito) and methods; a method's marker tells it from the others of its colour. The 2nd-order solver
-is not drawn: it goes to another image."""
+"""Colours (of Okabe and Ito) and methods; a method's marker tells it from the others of its colour. The 2nd-order
+solver is not drawn: it goes to another image."""
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MOST_DB = 70.0  # beyond, nothing is left to tell apart
