@@ -31,8 +31,8 @@ STALENESS = 0.25
 """w3: what a token's score gains in an interval in which it is not computed."""
 
 OVERHEAD = 0.05
-"""What choosing, gathering and scattering tokens adds to a partial step, as a share of a full step's time: .03 to .06 at
-1024 tokens on a CPU, 2 blocks, few tokens or many (`benchmarks.policies_partial`)."""
+"""What choosing, gathering and scattering tokens adds to a partial step, as a share of a full step's time: .03 to .06
+at 1024 tokens on a CPU, 2 blocks, few tokens or many (`benchmarks.policies_partial`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
