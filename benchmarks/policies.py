@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,49 +81,40 @@ def _short(value: object) -> str:
 
 def settings_of(model: str, steps: int) -> list[Setting]:
     """All rows of one model."""
-    intervals = (2, 3, 4, 5)
+    intervals = (2, 3, 4)
     asked = (1.5, 2.0, 2.5, 3.0)
-    release = RELEASE[model]
+    own = {"release": RELEASE[model]}
     grid: dict[str, list[dict[str, Any]]] = {
-        "fora": [{"interval": n} for n in intervals],
+        "fora": [{"interval": n} for n in (*intervals, 5)],
         "omnicache": [{"speedup": s} for s in (1.5, 2.0, 2.5, 2.8)],
         "goc": [{"interval": n, "eta": eta} for eta in (1.2, 0.8) for n in intervals],
-        "eoc": [{"interval": n} for n in intervals]
+        "eoc": [{"interval": n} for n in (2, 3)]
         + [{"interval": n, "form": "shift", "strength": 0.5} for n in intervals],
         "taylorseer": [{"interval": n, "predictor": f"taylor:{order}"} for order in (1, 2) for n in intervals],
-        "toca": [
-            {"release": release, "interval": n, "adaptive": False, **more}
-            for more in ({}, {"ratio": 0.4}, {"ratio": 0.4, "score": "attention"})
-            for n in intervals
-        ]
-        + [{"release": release}],
-        "duca": [{"release": release, "interval": n} for n in intervals],
+        "toca": [own]
+        + [{**own, "interval": n, "adaptive": False} for n in intervals]
+        + [{**own, "interval": n, "adaptive": False, "ratio": 0.4} for n in (3, 4)]
+        + [{**own, "interval": n, "adaptive": False, "ratio": 0.4, "score": "attention"} for n in (3, 4)],
+        "duca": [{**own, "interval": n} for n in intervals],
         "delta-dit": [{"interval": n} for n in intervals],
-        "t-gate": [{"gate_step": max(1, steps * share // 100)} for share in (60, 40, 20, 10)],
+        "t-gate": [{"gate_step": max(1, steps * share // 100)} for share in (60, 40, 20)],
         "pab": [{}]
-        + [{"spatial_range": 2 * n, "cross_range": 6 * n, "window": (0.0, 1000.0)} for n in (1, 2)]
         + [
-            {
-                "spatial_range": n,
-                "cross_range": 3 * n,
-                "window": (0.0, 1000.0),
-                "mlp_times": tuple(range(100, 1000, every)),
-                "mlp_skip": n - 1,
-                "mlp_blocks": tuple(range(12)),
-            }
+            {"spatial_range": n, "cross_range": 3 * n, "window": (0.0, 1000.0), "mlp_times": tuple(range(100, 1000, every)),
+             "mlp_skip": n - 1, "mlp_blocks": tuple(range(12))}
             for n, every in ((2, 40), (3, 60))
         ],
-        "smoothcache": [{"alpha": a} for a in (0.05, 0.1, 0.2, 0.35, 0.5)],
-        "magcache": [{"threshold": t} for t in (0.03, 0.06, 0.12, 0.24)] + [{"speedup": s} for s in asked],
-        "lemica": [{"speedup": s} for s in (*asked, 4.0)],
-        "teacache": [{"threshold": t} for t in (0.05, 0.1, 0.2, 0.4, 0.8)],
-        "adacache": [{"codebook": c} for c in ("slow", "fast", "100-steps")]
-        + [{"codebook": ((bound, 4), (2 * bound, 3), (4 * bound, 2), (1e9, 1))} for bound in (0.02, 0.05, 0.1)],
-        "first-block-cache": [{"threshold": t} for t in (0.02, 0.05, 0.1, 0.2, 0.3)],
-        "dbcache": [{"threshold": t} for t in (0.06, 0.12, 0.24, 0.48)],
-        "easycache": [{"threshold": t} for t in (0.025, 0.05, 0.1, 0.2, 0.4)],
-        "dicache": [{"threshold": t} for t in (0.1, 0.2, 0.4, 0.8)],
-    }
+        "smoothcache": [{"alpha": a} for a in (0.05, 0.1, 0.2, 0.35)],
+        "magcache": [{}] + [{"speedup": s} for s in asked],
+        "lemica": [{"speedup": s} for s in asked],
+        "teacache": [{"threshold": t} for t in (0.05, 0.1, 0.2, 0.4)],
+        "adacache": [{"codebook": c} for c in ("slow", "fast")]
+        + [{"codebook": ((bound, 4), (2 * bound, 3), (4 * bound, 2), (1e9, 1))} for bound in (0.02, 0.1)],
+        "first-block-cache": [{"threshold": t} for t in (0.05, 0.1, 0.2, 0.3)],
+        "dbcache": [{"threshold": t} for t in (0.12, 0.24, 0.48)],
+        "easycache": [{"threshold": t} for t in (0.05, 0.1, 0.2, 0.4)],
+        "dicache": [{"threshold": t} for t in (0.2, 0.4, 0.8)],
+    }  # fmt: skip
     rows = []
     for method, options in grid.items():
         for chosen in options:
@@ -283,26 +274,18 @@ class Bench:
         return {"Frechet": quality.frechet, "class": quality.consistency, "CPU s": self.seconds}
 
 
-def measure_model(name: str, *, methods: Sequence[str], steps: int, samples: int, lowering: str) -> Figures:
-    """All rows of one model, and what was refused with its reason."""
+def measure_model(
+    name: str,
+    *,
+    methods: Sequence[str],
+    steps: int,
+    samples: int,
+    lowering: str,
+    keep: Callable[[Figures], object] = lambda found: None,
+) -> Figures:
+    """All rows of one model, and what was refused with its reason; `keep` gets what is known after every row."""
     bench = Bench(name, steps=steps, samples=samples, lowering=lowering)
-    rows, refused = [], []
-    for setting in settings_of(name, steps):
-        if methods and setting.method not in methods:
-            continue
-        try:
-            row = bench.measure(setting)
-        except ConfigError as error:
-            refused.append({"method": setting.method, "setting": setting.label, "reason": str(error)})
-            print(f"{setting.method}, {setting.label}: refused: {error}", flush=True)
-            continue
-        rows.append(row)
-        print(
-            f"{name} {row['method']}, {row['setting']}: compute {row['compute']:.3f}, time {row['time']:.3f}, "
-            f"{row['PSNR dB']:.2f} dB",
-            flush=True,
-        )
-    return {
+    found: Figures = {
         "model": name,
         "sampler": bench.case.sampler,
         "steps": steps,
@@ -310,9 +293,26 @@ def measure_model(name: str, *, methods: Sequence[str], steps: int, samples: int
         "batch": bench.batch,
         "lowering": lowering,
         "uncached": bench.uncached_row(),
-        "rows": rows,
-        "refused": refused,
+        "rows": [],
+        "refused": [],
     }
+    for setting in settings_of(name, steps):
+        if methods and setting.method not in methods:
+            continue
+        try:
+            row = bench.measure(setting)
+        except ConfigError as error:
+            found["refused"].append({"method": setting.method, "setting": setting.label, "reason": str(error)})
+            print(f"{setting.method}, {setting.label}: refused: {error}", flush=True)
+            continue
+        found["rows"].append(row)
+        keep(found)
+        print(
+            f"{name} {row['method']}, {row['setting']}: compute {row['compute']:.3f}, time {row['time']:.3f}, "
+            f"{row['PSNR dB']:.2f} dB",
+            flush=True,
+        )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> list[Figures]:
@@ -334,16 +334,18 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
     if args.samples < 2 or args.samples % min(BATCH, args.samples):
         parser.error(f"--samples must be in 2..{BATCH} or a multiple of {BATCH}, got {args.samples}")
     torch.set_num_threads(1)
-    figures = []
+    figures: list[Figures] = []
+
+    def keep(found: Figures) -> None:
+        if args.out:
+            save(args.out, [*figures, found], quiet=True)  # after every row: what is measured is not lost
+
     with torch._dynamo.config.patch(recompile_limit=64):
         for name in args.models:
-            figures.append(
-                measure_model(
-                    name, methods=args.policies, steps=args.steps, samples=args.samples, lowering=args.lowering
-                )
-            )
-            if args.out:
-                save(args.out, figures)  # after every model: what is measured is not lost
+            given = {"steps": args.steps, "samples": args.samples, "lowering": args.lowering}
+            figures.append(measure_model(name, methods=args.policies, keep=keep, **given))
+    if args.out:
+        save(args.out, figures)
     for found in figures:
         table(
             found["rows"], f"{found['model']} ({found['sampler']}), {found['steps']} steps, {found['samples']} samples"

@@ -31,13 +31,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(path: str | Path, figures: object) -> None:
-    """Write figures with their environment."""
+def save(path: str | Path, figures: object, *, quiet: bool = False) -> None:
+    """Write figures with their environment, and say so unless `quiet`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(
         json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n", encoding="utf-8"
     )
-    print(f"written to {path}")
+    if not quiet:
+        print(f"written to {path}")
 
 
 def table(rows: list[dict[str, Any]], title: str) -> None:
