@@ -9,8 +9,9 @@ by what is reported: all are shown.
 
 compute     FLOPs of what ran over those of the uncached generation, in the mean over batches; probes and the replays
             that measure noise are included
-time        CPU seconds of the process on one thread over those of an uncached generation run just before it, the least
-            of the batches of both; models this small also pay for what is no FLOP, so `benchmarks.speed` measures speed
+time        CPU seconds of the process on one thread, least of the batches, over those of an uncached generation (from a
+            fifth of one, run just before); models this small also pay for what is no FLOP: for speed see
+            `benchmarks.speed`
 PSNR, p10   dB to the uncached samples: mean over samples, and the sample that one in ten is worse than
 SSIM        to the uncached samples
 Frechet     distance to 500 held-out digits in a classifier's features; spreads by about .4 over seeds
@@ -100,8 +101,8 @@ def settings_of(model: str, steps: int) -> list[Setting]:
         "t-gate": [{"gate_step": max(1, steps * share // 100)} for share in (60, 40, 20)],
         "pab": [{}]
         + [
-            {"spatial_range": n, "cross_range": 3 * n, "window": (0.0, 1000.0), "mlp_times": tuple(range(100, 1000, every)),
-             "mlp_skip": n - 1, "mlp_blocks": tuple(range(12))}
+            {"spatial_range": n, "cross_range": 3 * n, "window": (0.0, 1000.0), "mlp_skip": n - 1,
+             "mlp_times": tuple(range(100, 1000, every)), "mlp_blocks": tuple(range(12))}
             for n, every in ((2, 40), (3, 60))
         ],
         "smoothcache": [{"alpha": a} for a in (0.05, 0.1, 0.2, 0.35)],
@@ -160,18 +161,22 @@ class Bench:
         return plain
 
     def _warm_up(self, model: Any, **more: Any) -> None:
-        """One generation from calibration seeds: it compiles, and run-time policies learn from it."""
+        """One generation from calibration seeds."""
         seeds = range(FIRST_CALIBRATION_SEED, FIRST_CALIBRATION_SEED + self.batch)
         self.case.sample(model, seeds=seeds, labels=labels_of(self.batch), **{"steps": self.steps, **more})
 
     def _sample(self, model: Any, **more: Any) -> tuple[Tensor, float]:
-        """All samples, and the least CPU seconds of a batch; the uncached model's are taken anew beside them."""
+        """All samples, and the least CPU seconds of a batch; the uncached model's are taken anew beside them.
+
+        The first batch may compile; a single batch is sampled twice.
+        """
         if model is not self.plain:
             start = time.process_time()
-            self._warm_up(self.plain)
-            self.seconds = time.process_time() - start
+            self._warm_up(self.plain, steps=max(1, self.steps // 5))
+            self.seconds = (time.process_time() - start) * self.steps / max(1, self.steps // 5)
         found, seconds = [], []
-        for first in range(0, self.samples, self.batch):
+        firsts = list(range(0, self.samples, self.batch))
+        for first in firsts if len(firsts) > 1 else 2 * firsts:
             labels = self.labels[first : first + self.batch]
             before = time.process_time()
             images = self.case.sample(
@@ -179,7 +184,7 @@ class Bench:
             )
             seconds.append(time.process_time() - before)
             found.append(images)
-        return torch.cat(found), min(seconds)
+        return torch.cat(found[: len(firsts)]), min(seconds)
 
     def profile(self, policy: Policy) -> Profile:
         """What the policy measures, once for all of its settings but those that change what is measured."""
@@ -211,10 +216,10 @@ class Bench:
             options["plan"] = plan
         torch._dynamo.reset()
         compiled = torch.compile(self.case.load(), backend="omnicache", options=options)
-        self._warm_up(compiled)
+        if is_runtime(policy):
+            self._warm_up(compiled)  # some learn from their first generation
         images, seconds = self._sample(compiled)
-        stats = omnifx.stats(compiled)
-        logs = stats.generations[1:]
+        logs = omnifx.stats(compiled).generations[int(is_runtime(policy)) :]
         steps = [step for log in logs for step in log.steps]
         if plan is not None and any(log.reasons for log in logs):
             raise RuntimeError(f"{setting.method}, {setting.label}: unplanned full steps, {logs[-1].reasons}.")
