@@ -9,9 +9,8 @@ by what is reported: all are shown.
 
 compute     FLOPs of what ran over those of the uncached generation, in the mean over batches; probes and the replays
             that measure noise are included
-time        CPU seconds of the process on one thread, least of the batches, over those of an uncached generation (from a
-            fifth of one, run just before); models this small also pay for what is no FLOP: for speed see
-            `benchmarks.speed`
+time        CPU seconds of the process on one thread, least of the batches, over those of an uncached generation before
+            the method's first row; models this small also pay for what is no FLOP: for speed see `benchmarks.speed`
 PSNR, p10   dB to the uncached samples: mean over samples, and the sample that one in ten is worse than
 SSIM        to the uncached samples
 Frechet     distance to 500 held-out digits in a classifier's features; spreads by about .4 over seeds
@@ -150,6 +149,7 @@ class Bench:
         self.case, self.batch = CASES[name], min(BATCH, samples)
         self.classifier, self.real, self.labels = load_classifier(), load_digits()[1].images, labels_of(samples)
         self._profiles: dict[str, Profile] = {}
+        self._timed_for = ""  # the method that the uncached generation was last timed for
         self.plain = self._uncached()
         self.uncached, self.seconds = self._sample(self.plain)
 
@@ -166,14 +166,7 @@ class Bench:
         self.case.sample(model, seeds=seeds, labels=labels_of(self.batch), **{"steps": self.steps, **more})
 
     def _sample(self, model: Any, **more: Any) -> tuple[Tensor, float]:
-        """All samples, and the least CPU seconds of a batch; the uncached model's are taken anew beside them.
-
-        The first batch may compile; a single batch is sampled twice.
-        """
-        if model is not self.plain:
-            start = time.process_time()
-            self._warm_up(self.plain, steps=max(1, self.steps // 5))
-            self.seconds = (time.process_time() - start) * self.steps / max(1, self.steps // 5)
+        """All samples, and the least CPU seconds of a batch. The first may compile; a single batch is sampled twice."""
         found, seconds = [], []
         firsts = list(range(0, self.samples, self.batch))
         for first in firsts if len(firsts) > 1 else 2 * firsts:
@@ -201,8 +194,18 @@ class Bench:
             )
         return self._profiles[key]
 
+    def _time_uncached(self) -> None:
+        """Time an uncached generation anew: how fast the machine is changes within the hour."""
+        self._warm_up(self.plain, steps=2)  # what another model was compiled for is reset
+        start = time.process_time()
+        self._warm_up(self.plain)
+        self.seconds = time.process_time() - start
+
     def measure(self, setting: Setting) -> Figures:
         """One row. Raises ConfigError if the policy refuses this model or setting."""
+        if setting.method != self._timed_for:
+            self._timed_for = setting.method
+            self._time_uncached()
         policy = setting.policy
         if policy is None:
             return self._baseline(setting)
