@@ -2,28 +2,23 @@
 
     python -m benchmarks.policies_pages [--results benchmarks/results/policies.json] [--docs docs/policies] [--check]
 
-Between `START` and `END` a page belongs to this command; the rest of it is written by hand. The figures of
-`benchmarks.policies_plot` are drawn beside the overview, `README.md`. With --check nothing is written, and the exit
-status says whether a page differs.
+The figures of `benchmarks.policies_plot` are drawn beside the overview, `README.md`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
+from benchmarks.pages import Figures, grid, parser_of, with_block, write_or_check
 from benchmarks.policies_plot import fidelity_figure
 from omnifx.pictures import save_figure
 from omnifx.policy import policies
 
-START, END = "<!-- measured: python -m benchmarks.policies_pages -->", "<!-- end of what was measured -->"
+COMMAND = "python -m benchmarks.policies_pages"
 SHARES = (0.7, 0.52, 0.42, 0.35)
 """Shares of compute that the overview compares methods at: the best row of a method that costs no more."""
-
-Figures = dict[str, Any]
 
 
 def conditions(found: Figures) -> str:
@@ -32,12 +27,6 @@ def conditions(found: Figures) -> str:
         f"{found['model']} ({found['sampler']}), {found['steps']} steps, {found['samples']} samples in batches of "
         f"{found['batch']}"
     )
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def policy_block(name: str, figures: list[Figures]) -> str:
@@ -105,49 +94,28 @@ def overview(found: Figures) -> str:
     )
 
 
-def with_block(page: str, block: str) -> str:
-    """A page with its measured part replaced, or added at its end; without a block, as it is."""
-    if not block:
-        return page
-    own = f"{START}\n{block}\n{END}\n"
-    if START not in page:
-        return f"{page.rstrip()}\n\n{own}"
-    before, rest = page.split(START, 1)
-    return f"{before}{own}{rest.split(END, 1)[1].lstrip(chr(10))}"
-
-
 def pages(results: Path, docs: Path) -> dict[Path, str]:
     """What every page should hold."""
     figures = json.loads(results.read_text(encoding="utf-8"))["figures"]
     wanted = {}
     for name in policies():
         path = docs / f"{name}.md"
-        wanted[path] = with_block(path.read_text(encoding="utf-8"), policy_block(name, figures))
+        wanted[path] = with_block(path.read_text(encoding="utf-8"), policy_block(name, figures), COMMAND)
     path = docs / "README.md"
-    wanted[path] = with_block(path.read_text(encoding="utf-8"), "\n\n".join(overview(found) for found in figures))
+    wanted[path] = with_block(path.read_text(encoding="utf-8"), "\n\n".join(map(overview, figures)), COMMAND)
     return wanted
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write or check all pages; the exit status is 1 if a checked page differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/policies.json"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/policies"))
-    parser.add_argument("--check", action="store_true")
+    parser = parser_of(__doc__, results="benchmarks/results/policies.json", docs="docs/policies")
     args = parser.parse_args(arguments)
-    wanted = pages(args.results, args.docs)
-    old = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
-    if args.check:
-        for path in old:
-            print(f"{path} does not hold what {args.results} says; run python -m benchmarks.policies_pages")
-        return int(bool(old))
-    for path in old:
-        path.write_text(wanted[path], encoding="utf-8")
-        print(f"written to {path}")
-    for found in json.loads(args.results.read_text(encoding="utf-8"))["figures"]:
-        path = save_figure(fidelity_figure(found), args.docs / f"policies-{found['model']}.png")
-        print(f"drawn to {path}")
-    return 0
+    status = write_or_check(pages(args.results, args.docs), check=args.check, command=COMMAND)
+    if not args.check:
+        for found in json.loads(args.results.read_text(encoding="utf-8"))["figures"]:
+            path = save_figure(fidelity_figure(found), args.docs / f"policies-{found['model']}.png")
+            print(f"drawn to {path}")
+    return status
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import quality_page
+from benchmarks.pages import END, start_of, with_block
 from benchmarks.policies import BASELINES, Bench, Setting, calibrate, settings_of
-from benchmarks.policies_pages import END, START, best_at, main, pages, policy_block, with_block
+from benchmarks.policies_pages import COMMAND, best_at, main, pages, policy_block
 from benchmarks.policies_plot import FAMILIES, best_so_far, fidelity_figure
 from benchmarks.quality import CASES, FIRST_CALIBRATION_SEED
 from omnifx.errors import ConfigError
@@ -119,13 +121,13 @@ def test_the_best_row_costs_no_more_than_asked() -> None:
 
 def test_a_page_keeps_what_is_written_by_hand() -> None:
     block = policy_block("fora", [found(row("fora", 0.5, 41.25))])
-    page = with_block("# FORA\n\nText.\n", block)
+    page = with_block("# FORA\n\nText.\n", block, COMMAND)
 
     assert page.startswith("# FORA\n\nText.\n")
     assert "| dit | `interval=2` | 0.500 | 0.50 | 41.2 |" in page
-    assert page.count(START) == page.count(END) == 1
-    assert with_block(page, block) == page
-    assert with_block(page + "\nMore.\n", block).endswith("More.\n")
+    assert page.count(start_of(COMMAND)) == page.count(END) == 1
+    assert with_block(page, block, COMMAND) == page
+    assert with_block(page + "\nMore.\n", block, COMMAND).endswith("More.\n")
     assert "Refused on dit: no text" in policy_block("t-gate", [found()])
     assert policy_block("pab", [found()]) == ""
 
@@ -141,4 +143,5 @@ def test_a_figure_is_drawn_of_every_method_that_has_rows() -> None:
 
 def test_the_pages_hold_what_was_measured() -> None:
     assert main(["--check"]) == 0
+    assert quality_page.main(["--check"]) == 0
     assert set(pages(RESULTS, DOCS)) == {DOCS / f"{name}.md" for name in [*policies(), "README"]}
