@@ -33,8 +33,10 @@ from omnifx.errors import ConfigError, OmnifxError
 from omnifx.example_inputs import build_model, example_inputs
 from omnifx.plan import REUSE, Plan
 from omnifx.policy import policies as known_policies
+from omnifx.policy import resolve
 from omnifx.profile import Profile
 from omnifx.report import MatchReport, unnumbered
+from omnifx.runtime import RuntimePolicy
 
 
 class Commands(TyperGroup):
@@ -197,7 +199,14 @@ def calibrate(
         f"{len(meta.branches)} branches that hold {1 - meta.cost_of((REUSE,) * len(meta.branches)):.1%} "
         f"of {meta.flops / 1e9:,.3f} GFLOP a call"
     )
-    typer.echo(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB); next: omnifx plan {out} --speedup 2")
+    size = f"{out.stat().st_size / 2**20:.1f} MiB"
+    chosen = resolve(policy)
+    if isinstance(chosen, RuntimePolicy):
+        typer.echo(chosen.learned(profile.points())[1])
+        options = {"policy": policy, "profile": str(out)}
+        typer.echo(f'wrote {out} ({size}); next: torch.compile(model, backend="omnicache", options={options})')
+    else:
+        typer.echo(f"wrote {out} ({size}); next: omnifx plan {out} --speedup 2")
 
 
 @app.command()

@@ -16,11 +16,14 @@ from torch import Tensor
 from omnifx.boundary import Underway
 from omnifx.clock import Marked, Reading
 from omnifx.errors import ConfigError, PassError
+from omnifx.fits import Fits
 from omnifx.following import Followed, Following
 from omnifx.passes.pipeline import VariantSpec
 from omnifx.passes.split_probe import OLDER
 from omnifx.probes import trunk_of
+from omnifx.profile import Profile
 from omnifx.program import Program
+from omnifx.recording import FEWEST_STEPS
 from omnifx.runlog import Log, StepLog
 from omnifx.runner import TOLERANCE, Runner, memory_of, zeros_like
 from omnifx.runtime import AnyRuntimePolicy, Decision, Step, agreed
@@ -41,7 +44,14 @@ class ProbeRunner(Runner):
         steps: Steps of a generation, if known to the caller or from a profile.
         mark: The mark of the present context.
         tell: Tells the user a sentence.
+        make_profile: Makes a profile of streams that were measured.
+        learned: Called with each profile that the policy learned from.
+        record_only: Measure every generation in full, and learn from none.
         inactive: Why nothing can be reused here; empty if it can.
+
+    Attributes:
+        fits: What the policy learned so far; None if it learns nothing.
+        profiles: Of the generations that were measured.
     """
 
     def __init__(
@@ -54,12 +64,19 @@ class ProbeRunner(Runner):
         steps: int | None,
         mark: Callable[[], Marked | None],
         tell: Callable[[str], None],
+        make_profile: Callable[[Sequence[Followed]], Profile],
+        learned: Callable[[Profile], None],
+        record_only: bool = False,
         inactive: str = "",
     ) -> None:
         super().__init__(program, policy=policy, log=log, conductor=None, underway=Underway(), inactive=inactive)
-        self.original = self.decider = policy
-        self.policy_learns = policy.learns
-        self._learned_from = 0
+        self.decider = policy
+        self.fits = Fits(policy) if policy.learns else None
+        self.make_profile = make_profile
+        self.learned = learned
+        self.record_only = record_only
+        self.profiles: list[Profile] = []
+        self._ended: list[Followed] = []  # streams whose generation has further ones under way
         self.steps = steps
         self.store = store
         self.mark = mark
@@ -99,8 +116,13 @@ class ProbeRunner(Runner):
     def end_marked(self, mark: Marked) -> None:
         """A marked generation is over: free its caches."""
         with self._lock:
-            self._learn([stream for stream in self.streams if stream.mark is mark])
+            self._learn([stream for stream in (*self._ended, *self.streams) if stream.mark is mark])
             self.streams.drop_marked(mark)
+
+    def finish(self) -> None:
+        """Learn from generations that no later one ended."""
+        with self._lock:
+            self._learn([*self._ended, *self.streams])
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -152,23 +174,31 @@ class ProbeRunner(Runner):
             self._keep(stream, stages, made, weights if decision.computes else None)
             stream.state = decision.state
             self._note(stream, stage.label, decision, must, spent + stage.flops)
-            if stream.step + 1 == self._total():
-                self._learn([stream])
-                self.streams.drop(stream.key)
+            if stream.step + 1 == self._total(stream):
+                self._end(stream)
         return given
+
+    def _end(self, stream: Followed) -> None:
+        """A stream did its last step: free its caches, and learn from its generation once all of its streams did."""
+        self.streams.drop(stream.key)
+        if self.fits is not None:
+            self._ended.append(stream)
+            if all(other.log is not stream.log for other in self.streams):
+                self._learn([ended for ended in self._ended if ended.log is stream.log])
 
     def _stream(self, reading: Reading, stages: Stages, sizes: Sizes) -> tuple[Followed, str]:
         """The stream that a call belongs to, and why its step has to compute everything (empty if it has not)."""
         mark = self.mark()
         stream, must = self.streams.proceed(reading, mark)
-        if stream is not None and (total := self._total()) is not None and stream.step >= total:
+        if stream is not None and (total := self._total(stream)) is not None and stream.step >= total:
             self.streams.drop(stream.key)
             stream = None
         if stream is None:
-            self._learn(list(self.streams))
+            self._learn([other for other in (*self._ended, *self.streams) if other.mark is None])
             stream = self.streams.begin(reading, mark, self.decider.start(), num_bytes=stages.num_bytes(sizes))
             return stream, FIRST
         self.store.touch(stream.key)
+        must = self._follow(stream, must)
         if stream.homeless:
             must = f"one stream's caches need {stages.num_bytes(sizes):,} bytes, more than cache_budget"
         elif not self.store.holds(stream.key):
@@ -183,10 +213,23 @@ class ProbeRunner(Runner):
             stream.state = self.decider.start()
         return stream, must
 
-    def _total(self) -> int | None:
-        """Steps of the generation under way, if known."""
+    def _follow(self, stream: Followed, must: str) -> str:
+        """Let a stream follow what was learned at its timesteps; why its step has to compute everything."""
+        if self.fits is None or self.record_only:
+            return must
+        if stream.step == 1:
+            stream.fit = self.fits.at(stream.times, stream.last.shapes[-1])
+            stream.total = stream.fit.total(stream.times) if stream.fit is not None else None
+        elif stream.fit is not None and not stream.doubt and not stream.fit.holds(stream.times):
+            stream.doubt = f"its timesteps leave those that {self.decider.name} was fitted at"
+            self.fits.forget(stream.fit)  # so that the next such generation is measured whole
+        return must or stream.doubt
+
+    def _total(self, stream: Followed) -> int | None:
+        """Steps of the stream's generation, if known."""
         mark = self.mark()
-        return mark.steps if mark is not None and mark.steps is not None else self.steps
+        given = mark.steps if mark is not None and mark.steps is not None else self.steps
+        return stream.total if given is None else given
 
     def _known(self, stream: Followed, stages: Stages) -> dict[str, Tensor]:
         """What the stream kept, by label, with the last computed step's values for what an older one would have
@@ -228,13 +271,14 @@ class ProbeRunner(Runner):
             must: Why it has to compute; empty if it has not.
         """
         assert self.stages is not None  # else there are no stages to decide on
-        probe, learns = self.stages.probe, self.decider.learns
+        decider = self.decider if stream.fit is None else stream.fit.policy
+        probe, learns = self.stages.probe, decider.learns
         names = (*probe.signals, *(probe.finish_signals if learns and self.stages.head is not None else ()))
         if len(names) > len(probe.signals) and signal is not None:
             unknown = signal.new_full((len(probe.finish_signals), signal.shape[1]), math.inf)
             signal = torch.cat([signal, unknown if late is None else late])
         signals, forced = agreed(
-            signal, count=len(names), must=bool(must), device=self._device, alone=not self.decider.ranks_agree
+            signal, count=len(names), must=bool(must), device=self._device, alone=not decider.ranks_agree
         )
         if forced and not must:
             must = "another rank has to compute"
@@ -244,24 +288,31 @@ class ProbeRunner(Runner):
             if stream.measured:
                 stream.measured[-1] |= {name: read[name] for name in probe.finish_signals if name in read}
             stream.measured.append({name: read[name] for name in probe.signals if name in read})
-        decision = self.decider.decide(
-            stream.state, signals[: len(probe.signals)], Step(stream.step, self._total(), must)
-        )
-        assert decision.computes or not must, f"{self.decider.name} skips a step that has to be computed"
+        step = Step(stream.step, self._total(stream), must)
+        decision = decider.decide(stream.state, signals[: len(probe.signals)], step)
+        assert decision.computes or not must, f"{decider.name} skips a step that has to be computed"
         return replace(decision, why=must or decision.why, shown={**read, **decision.shown})
 
     def _learn(self, streams: Sequence[Followed]) -> None:
-        """Let the policy learn from the stream that measured most, if it measured more than any before it."""
-        if not self.policy_learns:
+        """Let the policy learn from the generation among these streams that was measured longest, unless it knows those
+        timesteps."""
+        if self.fits is None:
             return
-        best = max(streams, key=lambda stream: len(stream.measured), default=None)
-        if best is None or len(best.measured) <= max(self._learned_from, FEWEST_STEPS - 1):
+        self._ended = [ended for ended in self._ended if ended not in streams]
+        whole = [s for s in streams if s.fit is None and len(s.measured) == len(s.times) >= FEWEST_STEPS]
+        whole = [s for s in whole if all(map(math.isfinite, s.moves))]
+        best = max(whole, key=lambda stream: len(stream.measured), default=None)
+        if best is None or self.fits.holds(best.times):
             return
-        found, said = self.original.learned(best.measured)
-        if said:
-            self._learned_from = len(best.measured)
-            self.decider = found
-            self.log.note(said)
+        profile = self.make_profile([s for s in whole if s.log is best.log and len(s.times) == len(best.times)])
+        if self.record_only:
+            self.profiles.append(profile)
+        elif said := self.fits.add(profile):
+            self.profiles.append(profile)
+            self.log.note(f"{said}, of a generation that ran in full")
+            self.learned(profile)
+        else:
+            self.log.note(f"{self.decider.name}: it could learn nothing from a generation of {len(best.times)} steps")
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -336,8 +387,6 @@ class ProbeRunner(Runner):
 
 FIRST = "the first step"
 LEARNING = "measured: the policy learns from this generation"
-FEWEST_STEPS = 4
-"""Steps of a generation from which a policy learns anything."""
 
 
 def _fed(made: Mapping[str, Tensor]) -> dict[str, Tensor]:
