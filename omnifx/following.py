@@ -62,8 +62,8 @@ class Followed:
     """How far the latents moved before each of its steps."""
     weights: int = -1
     """Version of the weights that its cached values were computed with."""
-    window: int = 0
-    """How many computed steps its cached values stand for."""
+    computed: tuple[int, ...] = ()
+    """The computed steps that its cached values are of, newest first."""
     touched: int = 0
     """The number of the call that it last went on with."""
     homeless: bool = False

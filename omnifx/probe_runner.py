@@ -19,7 +19,7 @@ from omnifx.errors import ConfigError, PassError
 from omnifx.fits import Fits
 from omnifx.following import Followed, Following
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.passes.split_probe import OLDER
+from omnifx.passes.split_probe import aged
 from omnifx.probes import trunk_of
 from omnifx.profile import Profile
 from omnifx.program import Program
@@ -162,6 +162,8 @@ class ProbeRunner(Runner):
         del known
         if decision.computes:
             self._release(stream, stages, values)
+        else:
+            values |= self._weights(stages, stream.computed, stream.step)
         outputs = self._parted(stage, [*values.values()], self._run_stage(stages, stage, args, values, sizes))
         given = outputs[: self.program.num_outputs]
         if decision.computes:
@@ -203,7 +205,7 @@ class ProbeRunner(Runner):
             must = f"one stream's caches need {stages.num_bytes(sizes):,} bytes, more than cache_budget"
         elif not self.store.holds(stream.key):
             must = "its caches were evicted to keep cache_budget"
-        elif not must and not stream.window:
+        elif not must and not stream.computed:
             must = "nothing is cached yet"
         elif not must and stream.weights != self.watch.version:
             must = "the weights changed since the caches were made"
@@ -235,10 +237,9 @@ class ProbeRunner(Runner):
         """What the stream kept, by label, with the last computed step's values for what an older one would have
         left."""
         found = dict(stream.cache.cuts)
-        if stages.probe.window > 1:
-            for label, (_, every) in stages.kept.items():
-                if not every and label in found:
-                    found.setdefault(label + OLDER, found[label])
+        for label, (_, every) in stages.kept.items():
+            for age in range(1, stages.probe.depth(label, every=every) if label in found else 1):
+                found.setdefault(aged(label, age), found[label])
         return found
 
     def _run_stage(
@@ -252,14 +253,22 @@ class ProbeRunner(Runner):
         }
         return stage.run(stages.feed(stage, args, {**missing, **values}))
 
+    def _weights(self, stages: Stages, stored: Sequence[int], step: int) -> dict[str, Tensor]:
+        """The numbers that a skipped step's residuals are multiplied by, if there are any; without stored ones those
+        that repeat the newest."""
+        weights = stages.probe.weights
+        if weights is None:
+            return {}
+        fake = stages.reuse.extra_values[stages.reuse.extra_inputs.index("predictor")]
+        return {"predictor": self._predictor_tensor(tuple(weights(stored, step)) if stored else (), fake)}
+
     def _release(self, stream: Followed, stages: Stages, values: dict[str, Tensor]) -> None:
         """Before all is computed, free what that replaces: a stream never holds two sets of cuts or residuals."""
-        ending = OLDER if stages.probe.window > 1 else ""
-        for label in [v for v in values if v.startswith(("cut:", "delta:")) and v.endswith(ending)]:
-            del values[label]
+        oldest = stages.probe.window - 1
+        for label in [aged(label, oldest) for label in stages.kept if label.startswith(("cut:", "delta:"))]:
+            values.pop(label, None)
             stream.cache.cuts.pop(label, None)
-        if not ending:
-            stream.window = 0  # until the new ones are there
+        stream.computed = stream.computed[:oldest]  # until the new ones are there
 
     def _decide(self, stream: Followed, signal: Tensor | None, late: Tensor | None, must: str) -> Decision[Any]:
         """What a step does.
@@ -347,11 +356,15 @@ class ProbeRunner(Runner):
         for label, (_, every) in stages.kept.items():
             if label not in made or (weights is None and not every):
                 continue
-            if not every and stages.probe.window > 1 and label in cuts and stream.weights == weights:
-                cuts[label + OLDER] = cuts[label]
+            for age in range(stages.probe.depth(label, every=every) - 1, 0, -1):
+                if aged(label, age - 1) in cuts and stream.weights == weights:
+                    cuts[aged(label, age)] = cuts[aged(label, age - 1)]
+                else:
+                    cuts.pop(aged(label, age), None)
             cuts[label] = made[label]
         if weights is not None:
-            stream.window = min(stages.probe.window, stream.window + 1)
+            older = stream.computed if stream.weights == weights else ()
+            stream.computed = (stream.step, *older)[: stages.probe.window]
             stream.weights = weights
             stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
 
@@ -363,7 +376,9 @@ class ProbeRunner(Runner):
         if sizes in stage.checked or not sizes.allows(stage.guards):
             return
         stage.checked.add(sizes)
-        own = {**made, **{label + OLDER: value for label, value in made.items()}, **_fed(made)}
+        ages = range(stages.probe.window)
+        own = {aged(label, age): value for label, value in made.items() for age in ages} | _fed(made)
+        own |= self._weights(stages, (), 0)
         again = self._run_stage(stages, stage, args, own, sizes)
         for i in self.program.noisy:
             true, got = given[i].float(), again[i].float()
