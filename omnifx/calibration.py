@@ -16,7 +16,7 @@ from omnifx.plan import Plan
 from omnifx.policy import Policy, resolve
 from omnifx.prior import Prior, merge_priors
 from omnifx.profile import Profile
-from omnifx.runtime import is_runtime
+from omnifx.runtime import RuntimePolicy, is_runtime
 from omnifx.session import find_session, generation, options_of
 
 
@@ -37,29 +37,31 @@ def calibrate(
         used).
         generate: ``generate(model, seed)`` runs one generation with the model it is given; its result is not used.
         policy: What the profile is for. All read the latents, outputs and noise that every profile holds; those that
-            ask for more (changes of branches or blocks, a prior) need a profile that was measured for them.
+            ask for more (changes of branches or blocks, a prior) need a profile that was measured for them. One that
+            decides at run time and learns from a model (`teacache`) gets the signals that it learns from, and no more.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
         save: Where to write the profile.
         options: Further options of the backend, such as ``{"lowering": "eager"}``.
         progress: Whether to show a progress bar.
 
     Returns: The profile of all runs.
-    Raises: ConfigError for `runs` < 1, a policy that decides at run time or a model without reusable branches;
-        ProfileError if a run could not be measured, or ran other steps than the first.
+    Raises: ConfigError for `runs` < 1, a policy that decides at run time and learns nothing, or a model without
+        reusable branches; ProfileError if a run could not be measured, or ran other steps than the first.
     Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it; for a policy with
     a prior as much again, and as much on the host.
     """
     if not isinstance(runs, int) or runs < 1:
         raise ConfigError(f"calibrate: runs must be a number >= 1, got {runs!r}.")
-    if is_runtime(resolve(policy)):
+    chosen = resolve(policy)
+    if isinstance(chosen, RuntimePolicy) and not chosen.learns:
         raise ConfigError(
-            f"calibrate: policy {resolve(policy).name!r} decides at run time and follows no profile; what it needs to "
-            "know of a model it learns from the first generation."
+            f"calibrate: policy {chosen.name!r} decides at run time and learns nothing of a model, so there is nothing "
+            f"to measure. Use it as the option 'policy'; its own options here are {chosen.options}."
         )
     plain = getattr(model, "_orig_mod", model)
     taken = {**(options_of(model) or {}), **(options or {})}
     taken = {key: value for key, value in taken.items() if key not in ("profile", "plan", "speedup", "steps")}
-    taken |= {"policy": resolve(policy), "profile_cache": False, "record_only": True}
+    taken |= {"policy": chosen, "profile_cache": False, "record_only": True}
     compiled = torch.compile(plain, backend="omnicache", options=taken)
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     profiles: list[Profile] = []
@@ -78,13 +80,18 @@ def calibrate(
                 )
             if _measured(compiled) == before:
                 raise ProfileError(f"calibrate: run {seed} could not be measured: {'; '.join(session.log.notes)}")
-            measured = next(conductor.profiles for conductor in session.conductors if conductor.profiles)
+            measured = next(profiles for profiles in session.profiles if profiles)
             priors = [p for p in (prior, measured[-1].prior) if p is not None]
             prior = merge_priors(priors) if priors else None
             measured[-1] = replace(measured[-1], prior=None)  # of many runs, only the mean is held
             profiles.append(measured[-1])
             bar.advance(task)
     profile = replace(merge(profiles), prior=prior)
+    if isinstance(chosen, RuntimePolicy) and not chosen.learned(profile.points())[1]:
+        raise ProfileError(
+            f"calibrate: {chosen.name} can learn nothing from {profile.num_steps} steps: it needs more of them, an "
+            "output of the latents' size, and a cache_budget that holds one stream's caches."
+        )
     if save is not None:
         profile.save(save)
     return profile
@@ -99,6 +106,7 @@ def merge(profiles: list[Profile]) -> Profile:
     for i, other in enumerate(profiles):
         same = other.meta.fingerprint == first.meta.fingerprint and other.meta.timesteps == first.meta.timesteps
         same &= (other.meta.measured, other.meta.num_lags) == (first.meta.measured, first.meta.num_lags)
+        same &= (other.meta.runtime_policy, other.meta.signals) == (first.meta.runtime_policy, first.meta.signals)
         if not same or other.grams.shape[1:] != first.grams.shape[1:]:
             raise ProfileError(
                 f"merge: run {i} has {other.num_steps} steps from {other.meta.timesteps[0]:g}, run 0 has "
@@ -107,12 +115,14 @@ def merge(profiles: list[Profile]) -> Profile:
             )
     meta = first.meta.model_copy(update={"num_runs": sum(p.meta.num_runs for p in profiles)})
     changes = [p.changes for p in profiles if p.changes is not None]
+    signals = [p.signals for p in profiles if p.signals is not None]
     return replace(
         first,
         meta=meta,
         grams=torch.cat([p.grams for p in profiles]),
         moves=torch.cat([p.moves for p in profiles]),
         changes=torch.cat(changes) if changes else None,
+        signals=torch.cat(signals) if signals else None,
     )
 
 
@@ -141,8 +151,11 @@ def make_plan(
             f"make_plan: min_psnr={min_psnr!r} cannot be promised by policy {resolve(policy).name!r}; "
             "ask for a speedup, and measure the quality it buys."
         )
-    return resolve(policy).plan(profile, speedup=speedup)
+    chosen = resolve(policy)
+    if profile.meta.unplannable and not is_runtime(chosen):
+        raise ConfigError(f"make_plan: no plan can be made from the profile: {profile.meta.unplannable}")
+    return chosen.plan(profile, speedup=speedup)
 
 
 def _measured(compiled: object) -> int:
-    return sum(len(conductor.profiles) for conductor in find_session(compiled).conductors)
+    return sum(map(len, find_session(compiled).profiles))

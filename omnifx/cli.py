@@ -33,8 +33,10 @@ from omnifx.errors import ConfigError, OmnifxError
 from omnifx.example_inputs import build_model, example_inputs
 from omnifx.plan import REUSE, Plan
 from omnifx.policy import policies as known_policies
+from omnifx.policy import resolve
 from omnifx.profile import Profile
-from omnifx.report import MatchReport, unnumbered
+from omnifx.report import MatchReport, tokens_text, unnumbered
+from omnifx.runtime import RuntimePolicy
 
 
 class Commands(TyperGroup):
@@ -197,7 +199,14 @@ def calibrate(
         f"{len(meta.branches)} branches that hold {1 - meta.cost_of((REUSE,) * len(meta.branches)):.1%} "
         f"of {meta.flops / 1e9:,.3f} GFLOP a call"
     )
-    typer.echo(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB); next: omnifx plan {out} --speedup 2")
+    size = f"{out.stat().st_size / 2**20:.1f} MiB"
+    chosen = resolve(policy)
+    if isinstance(chosen, RuntimePolicy):
+        typer.echo(chosen.learned(profile.points())[1])
+        options = {"policy": policy, "profile": str(out)}
+        typer.echo(f'wrote {out} ({size}); next: torch.compile(model, backend="omnicache", options={options})')
+    else:
+        typer.echo(f"wrote {out} ({size}); next: omnifx plan {out} --speedup 2")
 
 
 @app.command()
@@ -254,20 +263,23 @@ def doctor(
 
 def folded(report: MatchReport) -> str:
     """A report with the branches that differ only in their block's number on one line."""
-    groups: dict[tuple[str, str, int, int, str], list[str]] = {}
+    groups: dict[tuple[str, str, int, int, str, str], list[str]] = {}
     for branch in report.branches:
         size = branch.cache_bytes if branch.cacheable else -1
         pattern = unnumbered(branch.name)
-        groups.setdefault((pattern, branch.kind, branch.flops, size, branch.reason), []).append(branch.name)
+        key = (pattern, branch.kind, branch.flops, size, branch.reason, tokens_text(branch))
+        groups.setdefault(key, []).append(branch.name)
     width = max([len(key[0]) for key in groups] + [6])
     lines = [
         str(report).splitlines()[0],
-        f"{'branch':<{width}}  {'kind':<16} {'count':>5} {'share':>6} {'GFLOP each':>11} {'cache each':>11}",
+        f"{'branch':<{width}}  {'kind':<16} {'count':>5} {'share':>6} {'GFLOP each':>11} {'cache each':>11} "
+        f"{'tokens':>7}",
     ]
-    for (pattern, kind, flops, size, reason), names in groups.items():
+    for (pattern, kind, flops, size, reason, tokens), names in groups.items():
         share = len(names) * flops / report.flops if report.flops else 0.0
         cache = f"{size / 2**20:,.2f} MiB" if size >= 0 else "-"
-        lines.append(f"{pattern:<{width}}  {kind:<16} {len(names):>5} {share:>6.1%} {flops / 1e9:>11,.3f} {cache:>11}")
+        numbers = f"{len(names):>5} {share:>6.1%} {flops / 1e9:>11,.3f} {cache:>11} {tokens:>7}"
+        lines.append(f"{pattern:<{width}}  {kind:<16} {numbers}")
         if reason:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             lines.append(f"{'':<{width}}  not cached: {reason} ({shown})")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from omnifx.graph import Branch
-from omnifx.report import MatchReport, bytes_text, unnumbered
+from omnifx.report import MatchReport, bytes_text, tokens_text, unnumbered
 
 WIDTH = 352
 HEADER = 40  # height above the branches of a block: its name
@@ -194,7 +194,7 @@ def patterns_of(branches: Sequence[Branch]) -> list[tuple[str, int, Branch]]:
     first: dict[tuple[object, ...], Branch] = {}
     for b in branches:
         name = unnumbered(b.name)
-        key = (name, b.kind, b.flops, b.cache_bytes, b.cacheable, b.reason)
+        key = (name, b.kind, b.flops, b.cache_bytes, b.cacheable, b.reason, tokens_text(b))
         counts[key] += 1
         first.setdefault(key, b)
     return [(str(key[0]), count, first[key]) for key, count in counts.items()]

@@ -52,10 +52,18 @@ class Followed:
     """[signals, B]: measured at the last computed step's end, and not read yet."""
     measured: list[dict[str, float]] = field(default_factory=list)
     """The signals of its steps, while the policy learns from them."""
+    fit: Any = None
+    """What was learned at its timesteps, and is followed from its second step on; None if nothing was."""
+    total: int | None = None
+    """How many steps it has, if what it follows tells."""
+    times: list[float] = field(default_factory=list)
+    """The timestep of each of its steps; empty until the second one tells which input that is."""
+    moves: list[float] = field(default_factory=lambda: [0.0])
+    """How far the latents moved before each of its steps."""
     weights: int = -1
     """Version of the weights that its cached values were computed with."""
-    window: int = 0
-    """How many computed steps its cached values stand for."""
+    computed: tuple[int, ...] = ()
+    """The computed steps that its cached values are of, newest first."""
     touched: int = 0
     """The number of the call that it last went on with."""
     homeless: bool = False
@@ -102,9 +110,12 @@ class Following:
                 why = "two generations with equal inputs fit this call; mark them with omnifx.generation(...)"
                 stream.doubt = rival.doubt = why
         doubt = stream.doubt if reading.finite else "the latents hold NaN or infinity"
-        if stream.changing is None and changed:
-            first = min(changed)
+        first = min(changed)
+        if stream.changing is None:
             stream.upwards = _mean(reading.small[first]) > _mean(stream.last.small[first])
+            stream.times = [_mean(stream.last.small[first])]
+        stream.times.append(_mean(reading.small[first]))
+        stream.moves.append(move)
         stream.changing = changed
         stream.step += 1
         stream.last = reading

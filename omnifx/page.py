@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import omnifx
 from omnifx import diagram
-from omnifx.report import MatchReport, bytes_text
+from omnifx.report import MatchReport, bytes_text, tokens_text
 
 
 def page_of(report: MatchReport) -> str:
@@ -23,6 +23,8 @@ def page_of(report: MatchReport) -> str:
         patterns=diagram.patterns_of(report.branches),
         refused=diagram.patterns_of([branch for branch in report.branches if not branch.cacheable]),
         kinds=[(kind, diagram.label_of(kind), count) for kind, count in kinds.items()],
+        tokens_text=tokens_text,
+        whole=report.token_reasons(by="name"),
         share=lambda flops: flops / report.flops if report.flops else 0.0,
         inside=sum(branch.flops for branch in report.branches) / report.flops if report.flops else 0.0,
         left=report.reuse_flops / report.flops if report.flops else 1.0,

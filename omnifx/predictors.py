@@ -54,14 +54,19 @@ class Predictor(ABC):
     def terms(self) -> int:
         """Stored values that it reads at most."""
 
+    @property
+    def needs_profile(self) -> bool:
+        """Whether its weights depend on more than the numbers of the steps."""
+        return True
+
     @abstractmethod
-    def weights(self, stored: Sequence[int], target: int, profile: Profile) -> Weights:
+    def weights(self, stored: Sequence[int], target: int, profile: Profile | None) -> Weights:
         """The weights at a step.
 
         Args:
             stored: Steps whose values are stored, newest first; at least one, all before `target`.
             target: The step.
-            profile: Of the generation.
+            profile: Of the generation; None only if it needs none.
 
         Returns: At most ``min(terms, len(stored))`` weights, newest first.
         """
@@ -82,10 +87,17 @@ class _OnAxis(Predictor):
         if self.axis not in get_args(Axis):
             raise ConfigError(f"{self.name}: axis must be one of {list(get_args(Axis))}, got {self.axis!r}.")
 
-    def weights(self, stored: Sequence[int], target: int, profile: Profile) -> Weights:
+    @property
+    def needs_profile(self) -> bool:
+        """Only for timesteps."""
+        return self.axis != "steps"
+
+    def weights(self, stored: Sequence[int], target: int, profile: Profile | None) -> Weights:
         used = list(stored[: self.terms])
         if self.axis == "steps":
-            return self.along(tuple(map(float, used)), float(target), (0.0, max(1.0, profile.num_steps - 1.0)))
+            last = target if profile is None else profile.num_steps - 1.0
+            return self.along(tuple(map(float, used)), float(target), (0.0, max(1.0, last)))
+        assert profile is not None  # it needs one
         times = profile.meta.timesteps
         at = tuple(times[step] for step in used)
         if len(set(at)) < len(at):
@@ -227,6 +239,11 @@ class Chebyshev(_OnAxis):
         """One value more than the degree."""
         return self.degree + 1
 
+    @property
+    def needs_profile(self) -> bool:
+        """Its polynomials lie over the whole generation."""
+        return True
+
     def along(self, times: Sequence[float], target: float, span: tuple[float, float]) -> Weights:
         low, high = span
         if len(times) < 2:
@@ -267,7 +284,12 @@ class Difference(Predictor):
         """Two."""
         return 2
 
-    def weights(self, stored: Sequence[int], target: int, profile: Profile) -> Weights:
+    @property
+    def needs_profile(self) -> bool:
+        """Its weights never change."""
+        return False
+
+    def weights(self, stored: Sequence[int], target: int, profile: Profile | None) -> Weights:
         return (1.0 + self.eta, -self.eta) if len(stored) > 1 else (1.0,)
 
     @classmethod
@@ -299,7 +321,12 @@ class Linear(Predictor):
         """As many as there are weights."""
         return len(self.fixed)
 
-    def weights(self, stored: Sequence[int], target: int, profile: Profile) -> Weights:
+    @property
+    def needs_profile(self) -> bool:
+        """Its weights never change."""
+        return False
+
+    def weights(self, stored: Sequence[int], target: int, profile: Profile | None) -> Weights:
         return self.fixed if len(stored) >= len(self.fixed) else (1.0,)
 
     @classmethod
@@ -334,7 +361,8 @@ class Fitted(Predictor):
         """As asked for."""
         return self.num_terms
 
-    def weights(self, stored: Sequence[int], target: int, profile: Profile) -> Weights:
+    def weights(self, stored: Sequence[int], target: int, profile: Profile | None) -> Weights:
+        assert profile is not None  # it needs one
         used = list(stored[: self.terms])
         if len(used) < 2:
             return (1.0,)
@@ -376,6 +404,22 @@ def resolve_predictor(predictor: str | Predictor) -> Predictor:
         return PREDICTORS[name].parse(argument, "timesteps" if axis == "timesteps" else "steps")
     except ValueError as error:
         raise ConfigError(f"predictor: {predictor!r} is not understood: {error}.") from error
+
+
+def runtime_predictor(policy: str, predictor: str | Predictor | None) -> Predictor | None:
+    """The predictor that a policy names which decides at run time; None for None.
+
+    Raises: ConfigError in the name of `policy` if it needs a profile.
+    """
+    if predictor is None:
+        return None
+    found = resolve_predictor(predictor)
+    if found.needs_profile:
+        raise ConfigError(
+            f"{policy}: predictor {str(found)!r} needs a profile of the generation, which a policy that decides at run "
+            "time has not. Choose one that counts in steps: taylor, newton, average, difference or linear."
+        )
+    return found
 
 
 def with_predictor(
@@ -475,4 +519,4 @@ def _check_count(name: str, option: str, value: object, least: int, most: int) -
         raise ConfigError(f"{name}: {option} must be a whole number in [{least}, {most}], got {value!r}.")
 
 
-__all__ = ["PREDICTORS", "Axis", "Predictor", "Weights", "resolve_predictor", "with_predictor"]
+__all__ = ["PREDICTORS", "Axis", "Predictor", "Weights", "resolve_predictor", "runtime_predictor", "with_predictor"]

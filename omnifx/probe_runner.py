@@ -16,11 +16,14 @@ from torch import Tensor
 from omnifx.boundary import Underway
 from omnifx.clock import Marked, Reading
 from omnifx.errors import ConfigError, PassError
+from omnifx.fits import Fits
 from omnifx.following import Followed, Following
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.passes.split_probe import OLDER
+from omnifx.passes.split_probe import aged
 from omnifx.probes import trunk_of
+from omnifx.profile import Profile
 from omnifx.program import Program
+from omnifx.recording import FEWEST_STEPS
 from omnifx.runlog import Log, StepLog
 from omnifx.runner import TOLERANCE, Runner, memory_of, zeros_like
 from omnifx.runtime import AnyRuntimePolicy, Decision, Step, agreed
@@ -41,7 +44,14 @@ class ProbeRunner(Runner):
         steps: Steps of a generation, if known to the caller or from a profile.
         mark: The mark of the present context.
         tell: Tells the user a sentence.
+        make_profile: Makes a profile of streams that were measured.
+        learned: Called with each profile that the policy learned from.
+        record_only: Measure every generation in full, and learn from none.
         inactive: Why nothing can be reused here; empty if it can.
+
+    Attributes:
+        fits: What the policy learned so far; None if it learns nothing.
+        profiles: Of the generations that were measured.
     """
 
     def __init__(
@@ -54,12 +64,19 @@ class ProbeRunner(Runner):
         steps: int | None,
         mark: Callable[[], Marked | None],
         tell: Callable[[str], None],
+        make_profile: Callable[[Sequence[Followed]], Profile],
+        learned: Callable[[Profile], None],
+        record_only: bool = False,
         inactive: str = "",
     ) -> None:
         super().__init__(program, policy=policy, log=log, conductor=None, underway=Underway(), inactive=inactive)
-        self.original = self.decider = policy
-        self.policy_learns = policy.learns
-        self._learned_from = 0
+        self.decider = policy
+        self.fits = Fits(policy) if policy.learns else None
+        self.make_profile = make_profile
+        self.learned = learned
+        self.record_only = record_only
+        self.profiles: list[Profile] = []
+        self._ended: list[Followed] = []  # streams whose generation has further ones under way
         self.steps = steps
         self.store = store
         self.mark = mark
@@ -99,8 +116,13 @@ class ProbeRunner(Runner):
     def end_marked(self, mark: Marked) -> None:
         """A marked generation is over: free its caches."""
         with self._lock:
-            self._learn([stream for stream in self.streams if stream.mark is mark])
+            self._learn([stream for stream in (*self._ended, *self.streams) if stream.mark is mark])
             self.streams.drop_marked(mark)
+
+    def finish(self) -> None:
+        """Learn from generations that no later one ended."""
+        with self._lock:
+            self._learn([*self._ended, *self.streams])
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -140,6 +162,8 @@ class ProbeRunner(Runner):
         del known
         if decision.computes:
             self._release(stream, stages, values)
+        else:
+            values |= self._weights(stages, stream.computed, stream.step)
         outputs = self._parted(stage, [*values.values()], self._run_stage(stages, stage, args, values, sizes))
         given = outputs[: self.program.num_outputs]
         if decision.computes:
@@ -152,28 +176,36 @@ class ProbeRunner(Runner):
             self._keep(stream, stages, made, weights if decision.computes else None)
             stream.state = decision.state
             self._note(stream, stage.label, decision, must, spent + stage.flops)
-            if stream.step + 1 == self._total():
-                self._learn([stream])
-                self.streams.drop(stream.key)
+            if stream.step + 1 == self._total(stream):
+                self._end(stream)
         return given
+
+    def _end(self, stream: Followed) -> None:
+        """A stream did its last step: free its caches, and learn from its generation once all of its streams did."""
+        self.streams.drop(stream.key)
+        if self.fits is not None:
+            self._ended.append(stream)
+            if all(other.log is not stream.log for other in self.streams):
+                self._learn([ended for ended in self._ended if ended.log is stream.log])
 
     def _stream(self, reading: Reading, stages: Stages, sizes: Sizes) -> tuple[Followed, str]:
         """The stream that a call belongs to, and why its step has to compute everything (empty if it has not)."""
         mark = self.mark()
         stream, must = self.streams.proceed(reading, mark)
-        if stream is not None and (total := self._total()) is not None and stream.step >= total:
+        if stream is not None and (total := self._total(stream)) is not None and stream.step >= total:
             self.streams.drop(stream.key)
             stream = None
         if stream is None:
-            self._learn(list(self.streams))
+            self._learn([other for other in (*self._ended, *self.streams) if other.mark is None])
             stream = self.streams.begin(reading, mark, self.decider.start(), num_bytes=stages.num_bytes(sizes))
             return stream, FIRST
         self.store.touch(stream.key)
+        must = self._follow(stream, must)
         if stream.homeless:
             must = f"one stream's caches need {stages.num_bytes(sizes):,} bytes, more than cache_budget"
         elif not self.store.holds(stream.key):
             must = "its caches were evicted to keep cache_budget"
-        elif not must and not stream.window:
+        elif not must and not stream.computed:
             must = "nothing is cached yet"
         elif not must and stream.weights != self.watch.version:
             must = "the weights changed since the caches were made"
@@ -183,19 +215,31 @@ class ProbeRunner(Runner):
             stream.state = self.decider.start()
         return stream, must
 
-    def _total(self) -> int | None:
-        """Steps of the generation under way, if known."""
+    def _follow(self, stream: Followed, must: str) -> str:
+        """Let a stream follow what was learned at its timesteps; why its step has to compute everything."""
+        if self.fits is None or self.record_only:
+            return must
+        if stream.step == 1:
+            stream.fit = self.fits.at(stream.times, stream.last.shapes[-1])
+            stream.total = stream.fit.total(stream.times) if stream.fit is not None else None
+        elif stream.fit is not None and not stream.doubt and not stream.fit.holds(stream.times):
+            stream.doubt = f"its timesteps leave those that {self.decider.name} was fitted at"
+            self.fits.forget(stream.fit)  # so that the next such generation is measured whole
+        return must or stream.doubt
+
+    def _total(self, stream: Followed) -> int | None:
+        """Steps of the stream's generation, if known."""
         mark = self.mark()
-        return mark.steps if mark is not None and mark.steps is not None else self.steps
+        given = mark.steps if mark is not None and mark.steps is not None else self.steps
+        return stream.total if given is None else given
 
     def _known(self, stream: Followed, stages: Stages) -> dict[str, Tensor]:
         """What the stream kept, by label, with the last computed step's values for what an older one would have
         left."""
         found = dict(stream.cache.cuts)
-        if stages.probe.window > 1:
-            for label, (_, every) in stages.kept.items():
-                if not every and label in found:
-                    found.setdefault(label + OLDER, found[label])
+        for label, (_, every) in stages.kept.items():
+            for age in range(1, stages.probe.depth(label, every=every) if label in found else 1):
+                found.setdefault(aged(label, age), found[label])
         return found
 
     def _run_stage(
@@ -209,14 +253,22 @@ class ProbeRunner(Runner):
         }
         return stage.run(stages.feed(stage, args, {**missing, **values}))
 
+    def _weights(self, stages: Stages, stored: Sequence[int], step: int) -> dict[str, Tensor]:
+        """The numbers that a skipped step's residuals are multiplied by, if there are any; without stored ones those
+        that repeat the newest."""
+        weights = stages.probe.weights
+        if weights is None:
+            return {}
+        fake = stages.reuse.extra_values[stages.reuse.extra_inputs.index("predictor")]
+        return {"predictor": self._predictor_tensor(tuple(weights(stored, step)) if stored else (), fake)}
+
     def _release(self, stream: Followed, stages: Stages, values: dict[str, Tensor]) -> None:
         """Before all is computed, free what that replaces: a stream never holds two sets of cuts or residuals."""
-        ending = OLDER if stages.probe.window > 1 else ""
-        for label in [v for v in values if v.startswith(("cut:", "delta:")) and v.endswith(ending)]:
-            del values[label]
+        oldest = stages.probe.window - 1
+        for label in [aged(label, oldest) for label in stages.kept if label.startswith(("cut:", "delta:"))]:
+            values.pop(label, None)
             stream.cache.cuts.pop(label, None)
-        if not ending:
-            stream.window = 0  # until the new ones are there
+        stream.computed = stream.computed[:oldest]  # until the new ones are there
 
     def _decide(self, stream: Followed, signal: Tensor | None, late: Tensor | None, must: str) -> Decision[Any]:
         """What a step does.
@@ -228,13 +280,14 @@ class ProbeRunner(Runner):
             must: Why it has to compute; empty if it has not.
         """
         assert self.stages is not None  # else there are no stages to decide on
-        probe, learns = self.stages.probe, self.decider.learns
+        decider = self.decider if stream.fit is None else stream.fit.policy
+        probe, learns = self.stages.probe, decider.learns
         names = (*probe.signals, *(probe.finish_signals if learns and self.stages.head is not None else ()))
         if len(names) > len(probe.signals) and signal is not None:
             unknown = signal.new_full((len(probe.finish_signals), signal.shape[1]), math.inf)
             signal = torch.cat([signal, unknown if late is None else late])
         signals, forced = agreed(
-            signal, count=len(names), must=bool(must), device=self._device, alone=not self.decider.ranks_agree
+            signal, count=len(names), must=bool(must), device=self._device, alone=not decider.ranks_agree
         )
         if forced and not must:
             must = "another rank has to compute"
@@ -244,24 +297,31 @@ class ProbeRunner(Runner):
             if stream.measured:
                 stream.measured[-1] |= {name: read[name] for name in probe.finish_signals if name in read}
             stream.measured.append({name: read[name] for name in probe.signals if name in read})
-        decision = self.decider.decide(
-            stream.state, signals[: len(probe.signals)], Step(stream.step, self._total(), must)
-        )
-        assert decision.computes or not must, f"{self.decider.name} skips a step that has to be computed"
+        step = Step(stream.step, self._total(stream), must)
+        decision = decider.decide(stream.state, signals[: len(probe.signals)], step)
+        assert decision.computes or not must, f"{decider.name} skips a step that has to be computed"
         return replace(decision, why=must or decision.why, shown={**read, **decision.shown})
 
     def _learn(self, streams: Sequence[Followed]) -> None:
-        """Let the policy learn from the stream that measured most, if it measured more than any before it."""
-        if not self.policy_learns:
+        """Let the policy learn from the generation among these streams that was measured longest, unless it knows those
+        timesteps."""
+        if self.fits is None:
             return
-        best = max(streams, key=lambda stream: len(stream.measured), default=None)
-        if best is None or len(best.measured) <= max(self._learned_from, FEWEST_STEPS - 1):
+        self._ended = [ended for ended in self._ended if ended not in streams]
+        whole = [s for s in streams if s.fit is None and len(s.measured) == len(s.times) >= FEWEST_STEPS]
+        whole = [s for s in whole if all(map(math.isfinite, s.moves))]
+        best = max(whole, key=lambda stream: len(stream.measured), default=None)
+        if best is None or self.fits.holds(best.times):
             return
-        found, said = self.original.learned(best.measured)
-        if said:
-            self._learned_from = len(best.measured)
-            self.decider = found
-            self.log.note(said)
+        profile = self.make_profile([s for s in whole if s.log is best.log and len(s.times) == len(best.times)])
+        if self.record_only:
+            self.profiles.append(profile)
+        elif said := self.fits.add(profile):
+            self.profiles.append(profile)
+            self.log.note(f"{said}, of a generation that ran in full")
+            self.learned(profile)
+        else:
+            self.log.note(f"{self.decider.name}: it could learn nothing from a generation of {len(best.times)} steps")
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -296,11 +356,15 @@ class ProbeRunner(Runner):
         for label, (_, every) in stages.kept.items():
             if label not in made or (weights is None and not every):
                 continue
-            if not every and stages.probe.window > 1 and label in cuts and stream.weights == weights:
-                cuts[label + OLDER] = cuts[label]
+            for age in range(stages.probe.depth(label, every=every) - 1, 0, -1):
+                if aged(label, age - 1) in cuts and stream.weights == weights:
+                    cuts[aged(label, age)] = cuts[aged(label, age - 1)]
+                else:
+                    cuts.pop(aged(label, age), None)
             cuts[label] = made[label]
         if weights is not None:
-            stream.window = min(stages.probe.window, stream.window + 1)
+            older = stream.computed if stream.weights == weights else ()
+            stream.computed = (stream.step, *older)[: stages.probe.window]
             stream.weights = weights
             stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, self.store.held_bytes)
 
@@ -312,7 +376,9 @@ class ProbeRunner(Runner):
         if sizes in stage.checked or not sizes.allows(stage.guards):
             return
         stage.checked.add(sizes)
-        own = {**made, **{label + OLDER: value for label, value in made.items()}, **_fed(made)}
+        ages = range(stages.probe.window)
+        own = {aged(label, age): value for label, value in made.items() for age in ages} | _fed(made)
+        own |= self._weights(stages, (), 0)
         again = self._run_stage(stages, stage, args, own, sizes)
         for i in self.program.noisy:
             true, got = given[i].float(), again[i].float()
@@ -336,8 +402,6 @@ class ProbeRunner(Runner):
 
 FIRST = "the first step"
 LEARNING = "measured: the policy learns from this generation"
-FEWEST_STEPS = 4
-"""Steps of a generation from which a policy learns anything."""
 
 
 def _fed(made: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -108,6 +108,9 @@ class Probe:
         restore: ``restore(start, residuals, marks) -> end``. The residuals are those of the last computed steps, newest
             first; `marks` is this step's first kept value of the head, and those of the computed steps.
         window: How many computed steps are remembered.
+        weights: ``weights(stored, step)``: numbers, at most `window`, by which the residuals of the computed steps
+            `stored`, newest first, are multiplied at a skipped one; their sum is the one residual that `restore` gets,
+            without marks. None: it gets all residuals as they are.
         ends: Nodes that `finish` reads, as `reads`.
         finish: As `measure`, traced into the variant that computes everything.
         finish_signals: Names of the signals that `finish` returns; without a head they are `signals`.
@@ -122,6 +125,7 @@ class Probe:
     residual: Callable[[Tensor, Tensor], Tensor] = subtract_start
     restore: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor] = add_residual
     window: int = 1
+    weights: Callable[[Sequence[int], int], Sequence[float]] | None = None
     ends: tuple[tuple[str, str], ...] = ()
     finish: Callable[[Values, Values], Measured] | None = None
     finish_signals: tuple[str, ...] = ()
@@ -131,6 +135,11 @@ class Probe:
     def all_keeps(self) -> tuple[Keep, ...]:
         """Everything that is kept but residuals."""
         return (*self.keeps, *self.finish_keeps)
+
+    def depth(self, label: str, *, every: bool) -> int:
+        """Of how many computed steps a kept value stays; `every` says that each step replaces it."""
+        remembered = not every and (self.weights is None or label.startswith("delta:"))
+        return self.window if remembered else 1
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,15 @@ Each vector is split by an orthonormal DCT into `NUM_BANDS` bands (band b holds 
 index lies in [b / NUM_BANDS, (b + 1) / NUM_BANDS)) and each band into two halves by the parity of its coefficients: one
 to fit on, one held back. Inner products of different bands or halves are zero by construction, so the sum over both is
 the plain inner product.
+
+What a run-time policy learns from is the exception: such a profile holds that policy's signals at each step, and no
+inner products.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +138,10 @@ class ProfileMeta(BaseModel):
     """How many steps back they were compared."""
     sketched: bool = False
     """Whether the vectors were too large to keep, so that inner products come from a random sketch."""
+    runtime_policy: str = ""
+    """The policy that decides at run time and learns from this; empty for a profile to plan from."""
+    signals: tuple[str, ...] = ()
+    """What that policy measured at each step."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -141,7 +149,19 @@ class ProfileMeta(BaseModel):
             raise ValueError(f"format {self.format} is not known; this omnifx reads format {FORMAT}")
         if not self.timesteps:
             raise ValueError("a profile needs at least one timestep")
+        if bool(self.runtime_policy) != bool(self.signals):
+            raise ValueError("a run-time policy and its signals come together")
         return self
+
+    @property
+    def unplannable(self) -> str:
+        """Why no plan can be made from the profile; empty if one can."""
+        if not self.runtime_policy:
+            return ""
+        return (
+            f"it holds signals that policy {self.runtime_policy!r} learns from, which decides at run time, and nothing "
+            "to plan from. Measure it anew with `omnifx calibrate` and the policy you mean to use."
+        )
 
     def cost_of(self, row: Row, spans: Sequence[str] = ()) -> float:
         """FLOPs of a call that does `row`, over those of a call that computes everything.
@@ -205,12 +225,14 @@ class Profile:
 
     Attributes:
         meta: Names, shapes, timesteps, costs.
-        grams: [runs, streams, NUM_HALVES, NUM_BANDS, 3 S, 3 S], float32: inner products of the recorded vectors.
+        grams: [runs, streams, NUM_HALVES, NUM_BANDS, 3 S, 3 S], float32: inner products of the recorded vectors; of no
+        vectors (0 for 3 S) where the signals of a run-time policy were measured instead.
         moves: [runs, S], float32: ``||x_k - x_{k-1}|| / ||x_{k-1}||`` (0 for k = 0), what the clock expects of a next
         step.
         changes: [runs, streams, S, lags + 1, columns], float32, for the `measured` columns: the relative L1 error of
         cuts that are 1, 2, ... steps old, then the growth, as `omnifx.changes` defines them; None if not measured.
         prior: Mean cuts at each step, if they were measured.
+        signals: [runs, streams, S, signals], float32, for the `signals` of the meta data; NaN where a step gave none.
     Memory: 4 * runs * streams * 8 * 9 S^2 bytes on the host: 0.7 MB for one run of 50 steps.
     """
 
@@ -219,9 +241,10 @@ class Profile:
     moves: Tensor
     changes: Tensor | None = None
     prior: Prior | None = None
+    signals: Tensor | None = None
 
     def __post_init__(self) -> None:
-        meta, size = self.meta, 3 * len(self.meta.timesteps)
+        meta, size = self.meta, 0 if self.meta.signals else 3 * len(self.meta.timesteps)
         expected = (meta.num_runs, meta.num_streams, NUM_HALVES, NUM_BANDS, size, size)
         if tuple(self.grams.shape) != expected:
             raise ProfileError(f"Profile: grams have shape {tuple(self.grams.shape)}, expected {expected}.")
@@ -233,7 +256,13 @@ class Profile:
         if tuple(() if self.changes is None else self.changes.shape) != (table if meta.measured else ()):
             found = None if self.changes is None else tuple(self.changes.shape)
             raise ProfileError(f"Profile: changes have shape {found}, expected {table if meta.measured else None}.")
+        columns = (meta.num_runs, meta.num_streams, len(meta.timesteps), len(meta.signals))
+        if tuple(() if self.signals is None else self.signals.shape) != (columns if meta.signals else ()):
+            found = None if self.signals is None else tuple(self.signals.shape)
+            raise ProfileError(f"Profile: signals have shape {found}, expected {columns if meta.signals else None}.")
         known = [self.grams, self.moves, *([] if self.changes is None else [self.changes])]
+        if self.signals is not None:
+            known.append(self.signals[~self.signals.isnan()])
         if not all(bool(torch.isfinite(values).all()) for values in known):
             raise ProfileError("Profile: the measured values hold NaN or infinity. Calibrate again on finite latents.")
 
@@ -247,13 +276,26 @@ class Profile:
 
         Returns: [runs, streams, NUM_BANDS, S, S], float64 (without the runs axis if `run` is a number); entry (i, j) is
             <a_i, b_j>. `half` 0 or 1 keeps one half of the coefficients; None sums both.
+        Raises: ConfigError if the profile holds signals instead.
         """
+        if self.meta.unplannable:
+            raise ConfigError(f"the profile of {self.meta.model} holds no inner products: {self.meta.unplannable}")
         steps, order = self.num_steps, "xoq"
         rows = slice(order.index(a) * steps, (order.index(a) + 1) * steps)
         cols = slice(order.index(b) * steps, (order.index(b) + 1) * steps)
         picked = self.grams[run][..., rows, cols].double()
         axis = -4
         return picked.sum(axis) if half is None else picked.select(axis, half)
+
+    def points(self) -> list[dict[str, float]]:
+        """The signals of each step of all streams and runs, by name; a step has those that it gave."""
+        if self.signals is None:
+            return []
+        rows = self.signals.flatten(0, 2).tolist()
+        return [
+            {name: value for name, value in zip(self.meta.signals, row, strict=True) if not math.isnan(value)}
+            for row in rows
+        ]
 
     def changes_of(self, names: Sequence[str], *, lags: int) -> Tensor:
         """[S, lags, names], float64: relative L1 errors of old cuts at each step, the mean over runs and streams.
@@ -286,6 +328,8 @@ class Profile:
         tensors = {"grams": self.grams.contiguous(), "moves": self.moves.contiguous()}
         if self.changes is not None:
             tensors["changes"] = self.changes.contiguous()
+        if self.signals is not None:
+            tensors["signals"] = self.signals.contiguous()
         save_file(tensors, str(path), metadata={"omnifx": self.meta.model_dump_json()})
         if self.prior is not None:
             self.prior.save(prior_path(path), fingerprint=self.meta.fingerprint)
@@ -306,7 +350,7 @@ class Profile:
                     raise ProfileError(f"Profile.load: {path} is not a profile (no omnifx header). {again}.")
                 meta = ProfileMeta.model_validate_json(header)
                 names = set(file.keys())
-                if names - {"changes"} != {"grams", "moves"}:
+                if names - {"changes", "signals"} != {"grams", "moves"}:
                     raise ProfileError(
                         f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}."
                     )
@@ -319,6 +363,7 @@ class Profile:
                     moves=file.get_tensor("moves").float(),
                     changes=file.get_tensor("changes").float() if "changes" in names else None,
                     prior=prior,
+                    signals=file.get_tensor("signals").float() if "signals" in names else None,
                 )
         except OSError as error:
             raise ProfileError(f"Profile.load: cannot read {path}: {error}. {again}.") from error

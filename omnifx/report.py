@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from omnifx.breaks import GraphBreak
 from omnifx.errors import ConfigError
@@ -55,6 +56,16 @@ class MatchReport:
         """The modules that are kept whole: place, class and count; those that differ in numbers only are one place."""
         found = Counter((unnumbered(path), cls) for path, cls in self.kept_whole.items())
         return [(place, cls, count) for (place, cls), count in found.items()]
+
+    def token_reasons(self, *, by: Literal["kind", "name"]) -> list[tuple[str, int, str]]:
+        """Why branches that are cached cannot be computed token by token: their kind, or their name without numbers,
+        how many they are, and the reason of the first; reasons that differ in the numbers of operators are one."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for branch in self.cacheable:
+            if reason := branch.token_reason:
+                what = branch.kind if by == "kind" else unnumbered(branch.name)
+                found.setdefault((what, re.sub(r"_\d+\b", "", reason)), []).append(reason)
+        return [(what, len(reasons), reasons[0]) for (what, _), reasons in found.items()]
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -110,12 +121,13 @@ class MatchReport:
         width = max([len(b.name) for b in self.branches] + [6])
         lines = [
             f"{self.model}: {self.graphs} graph(s), {len(self.cacheable)} of {len(self.branches)} branches cacheable",
-            f"{'branch':<{width}}  {'kind':<16} {'share':>6} {'MFLOP':>10} {'cache':>10}",
+            f"{'branch':<{width}}  {'kind':<16} {'share':>6} {'MFLOP':>10} {'cache':>10} {'tokens':>7}",
         ]
         for b in self.branches:
             share = b.flops / self.flops if self.flops else 0.0
             size = bytes_text(b.cache_bytes) if b.cacheable else "-"
-            lines.append(f"{b.name:<{width}}  {b.kind:<16} {share:>6.1%} {b.flops / 1e6:>10,.2f} {size:>10}")
+            numbers = f"{share:>6.1%} {b.flops / 1e6:>10,.2f} {size:>10} {tokens_text(b):>7}"
+            lines.append(f"{b.name:<{width}}  {b.kind:<16} {numbers}")
             if b.reason:
                 lines.append(f"{'':<{width}}  not cached: {b.reason}")
         left = self.reuse_flops / self.flops if self.flops else 1.0
@@ -123,11 +135,19 @@ class MatchReport:
             f"a full step costs {self.flops / 1e9:,.3f} GFLOP; a reuse step {left:.2%} of it; "
             f"caches {bytes_text(self.cache_bytes)} per stream"
         )
+        lines += [
+            f"not token by token: {kind} ({count}): {reason}" for kind, count, reason in self.token_reasons(by="kind")
+        ]
         lines += [f"input {name}: {role}" for name, role in self.inputs.items()]
         lines += [str(stop) for stop in self.breaks]
         lines += [f"kept whole, as one operator each: {place} ({n} {cls})" for place, cls, n in self.kept_places]
         lines += [f"avoided: {stop}" for stop in self.avoided]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def tokens_text(branch: Branch) -> str:
+    """How many tokens of a sample a branch may be computed for one by one; "-" if it may not."""
+    return f"{branch.tokens.number:,}" if branch.tokens is not None else "-"
 
 
 def unnumbered(name: str) -> str:

@@ -109,8 +109,8 @@ class RuntimePolicy(Policy, Generic[S]):
         return False
 
     def learned(self, measured: Sequence[dict[str, float]]) -> tuple[RuntimePolicy[S], str]:
-        """This policy with what the signals of a generation's steps taught it, and a sentence on it for the user; the
-        same policy if they were too few."""
+        """This policy with what the signals of steps, of one generation or of several, taught it, and a sentence on it
+        for the user without its full stop; the same policy and no sentence if they were too few."""
         return self, ""
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:

@@ -23,6 +23,7 @@ from typing import Any
 import diffusers
 import platformdirs
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -32,6 +33,7 @@ from omnifx.breaks import GraphBreak, known_breaks
 from omnifx.clock import Marked, Reading, mark, marked_for
 from omnifx.conductor import Conductor
 from omnifx.errors import ConfigError, OmnifxWarning, PlanError, ProfileError
+from omnifx.fits import Fits, signals_profile
 from omnifx.graph import Branch, Inputs, hint
 from omnifx.hooks import hooks_of
 from omnifx.options import Options
@@ -98,7 +100,7 @@ class Session:
                 f"cache_budget leaves {len(program.over_budget)} of {len(program.analysis.cacheable)} branches "
                 f"uncached, the first is {program.over_budget[0].name}"
             )
-        if is_runtime(self.policy) and not self.record_only:
+        if is_runtime(self.policy):
             return self._add_probe_runner(program, weights_hash, self._make_store(device), broken=broken)
         conductor, reason = None, ""
         if broken and (self.boundary is None or program.side_effects):
@@ -131,7 +133,9 @@ class Session:
         """A runner for a policy that decides at run time; it needs no conductor, as there is no plan to follow."""
         policy = self.policy
         assert isinstance(policy, RuntimePolicy)  # the caller asked
-        profile = self._known_profile(_hash(self.model_name, weights_hash, *program.names))
+        fingerprint = _hash(self.model_name, weights_hash, *program.names)
+        profile = self._known_profile(fingerprint)
+        measured = profile is not None and profile.meta.runtime_policy == policy.name
         reason = self._inactive([program])
         if broken:
             reason = (
@@ -139,11 +143,18 @@ class Session:
                 "which needs the step as one graph; nothing is reused. Mend the graph breaks (omnifx.explain lists "
                 "them), or use a policy that plans ahead"
             )
-        policy, said = policy.for_model(self.model_name)
-        steps = self.options.steps or (profile.num_steps if profile is not None else None)
+        if measured and not policy.learns:
+            raise ConfigError(
+                f"omnicache: the profile was measured for {policy.name} to learn from, but its options say all that it "
+                f"would learn: {policy.options}. Leave one of both away."
+            )
+        said = ""
+        if not measured and not self.record_only:  # what was measured on this very model comes first
+            policy, said = policy.for_model(self.model_name)
+        steps = self.options.steps or (profile.num_steps if profile is not None and not measured else None)
         if said:
             self.log.note(said)
-        if steps is None and policy.uses_steps:
+        if steps is None and policy.uses_steps and not measured:
             self.log.note(
                 f"{policy.name}: the number of steps is not known, so {policy.uses_steps}; give it as the option "
                 "'steps', or mark generations with omnifx.generation(model, steps=...)"
@@ -156,15 +167,51 @@ class Session:
             steps=steps,
             mark=lambda: marked_for(self),
             tell=self.tell,
+            make_profile=lambda streams: signals_profile(
+                streams, program, policy, model=self.model_name, fingerprint=fingerprint, versions=versions()
+            ),
+            learned=lambda learned: self._keep_signals(learned, fingerprint),
+            record_only=self.record_only,
             inactive=reason,
         )
         if reason:
             self.tell(reason)
+        if runner.fits is not None and not self.record_only:
+            with unset_fake_temporarily():  # a capture is under way, and would make the fits of fake tensors
+                self._teach(runner.fits, fingerprint, profile if measured else None)
         self.runners.append(runner)
         return runner
 
+    def _teach(self, fits: Fits, fingerprint: str, given: Profile | None) -> None:
+        """Let a run-time policy learn from the given profile, or else from those that were kept of this model."""
+        if given is not None:
+            said = fits.add(given, whole=True)
+            if said:
+                self.log.note(f"{said}, of the given profile")
+            else:
+                self.tell(f"{self.policy.name}: the profile holds too little to learn from; a generation is measured")
+            return
+        ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not self.options.profile_cache or ranks:  # ranks must decide alike, but may find different files
+            return
+        folder = profile_folder(fingerprint) / self.policy.name
+        for path in sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
+            try:
+                profile = Profile.load(path)
+                if (profile.meta.fingerprint, profile.meta.runtime_policy) != (fingerprint, self.policy.name):
+                    raise ProfileError(f"{path} belongs to another model or policy.")
+                if said := fits.add(profile):
+                    self.log.note(f"{said}, of the profile {path.name} in the cache directory")
+            except ProfileError as error:
+                self.tell(f"a cached profile is not used: {error}")
+
+    def _keep_signals(self, profile: Profile, fingerprint: str) -> None:
+        """A run-time policy learned from a generation: keep its signals for other processes."""
+        if self.options.profile_cache and not self.record_only:
+            self._save_profile(profile_folder(fingerprint) / self.policy.name, profile)
+
     def _known_profile(self, fingerprint: str) -> Profile | None:
-        """The profile that the options name, or the newest one that was kept of this model."""
+        """The profile that the options name."""
         with unset_fake_temporarily():
             given = self.options.profile
             if given is not None:
@@ -173,6 +220,11 @@ class Session:
                     raise ProfileError(
                         f"the profile does not belong to this model: it was measured on {profile.meta.model}, or on "
                         "other weights. Calibrate this model with `omnifx calibrate`."
+                    )
+                if profile.meta.runtime_policy not in ("", self.policy.name):
+                    raise ProfileError(
+                        f"the profile was measured for policy {profile.meta.runtime_policy!r}, and the option 'policy' "
+                        f"is {self.policy.name!r}. Calibrate for this one, or leave the profile away."
                     )
                 return profile
         return None
@@ -318,7 +370,7 @@ class Session:
         if self.record_only:
             return
         if self.options.profile_cache:
-            self._save_profile(conductor, profile)
+            self._save_profile(profile_folder(conductor.fingerprint), profile)
         plan = next((entry.plan for entry in conductor.entries if entry.profile is profile), None)
         if plan is None:  # the policy refused
             return
@@ -410,6 +462,8 @@ class Session:
             raise ProfileError(
                 f"the profile does not belong to this model: {what}. Calibrate this model with `omnifx calibrate`."
             )
+        if meta.unplannable:
+            raise ProfileError(f"no plan can be made from the profile of {meta.model}: {meta.unplannable}")
         if conductor.broken and conductor.latent_shape[1:] != meta.latent_shape[1:]:
             raise ProfileError(
                 f"the profile was measured on latents {list(meta.latent_shape)}, these are "
@@ -423,8 +477,7 @@ class Session:
             )
         conductor.timeline_of(profile)
 
-    def _save_profile(self, conductor: Conductor, profile: Profile) -> None:
-        folder = profile_folder(conductor.fingerprint)
+    def _save_profile(self, folder: Path, profile: Profile) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             key = _hash(*map(repr, profile.meta.timesteps), repr(profile.meta.latent_shape[1:]))[:16]
@@ -470,6 +523,15 @@ class Session:
         """Learn from recordings that no later generation ended."""
         for conductor in self.conductors:
             conductor.finish(None)
+        for runner in self.runners:
+            if isinstance(runner, ProbeRunner):
+                runner.finish()
+
+    @property
+    def profiles(self) -> list[list[Profile]]:
+        """What was measured, for each capture of the model."""
+        kept = [conductor.profiles for conductor in self.conductors]
+        return kept + [runner.profiles for runner in self.runners if isinstance(runner, ProbeRunner)]
 
     def tell(self, text: str) -> None:
         """Note a sentence for the user, and warn the first time."""

@@ -113,8 +113,8 @@ class Stages:
 
     def num_bytes(self, sizes: Sizes) -> int:
         """Bytes that a stream keeps, at these sizes."""
-        window = self.probe.window
-        return sum(sizes.num_bytes(value) * (1 if every else window) for value, every in self.kept.values())
+        depth = self.probe.depth
+        return sum(sizes.num_bytes(v) * depth(label, every=every) for label, (v, every) in self.kept.items())
 
     @property
     def compiled(self) -> list[Stage]:

@@ -51,7 +51,7 @@ class PredictCuts(Pass):
             if weights is None:
                 like = fake.new_empty(self.terms, dtype=torch.float32)
                 weights = insert_input(gm, "predictor", label="predictor", like=like)
-            predicted = inline(gm, _combine, [weights, *stored], before=cut)
+            predicted = inline(gm, combine, [weights, *stored], before=cut)
             predicted.meta = {**cut.meta, "val": predicted.meta["val"]}
             predicted._rename(predicted_name(name))
             cut.replace_all_uses_with(predicted)
@@ -70,7 +70,8 @@ def predicted_name(cut: str) -> str:
     return f"predicted_{cut}"
 
 
-def _combine(weights: Tensor, *stored: Tensor) -> Tensor:
+def combine(weights: Tensor, *stored: Tensor) -> Tensor:
+    """The sum of stored values, each times its weight, in at least float32."""
     newest = stored[0]
     precise = torch.float64 if newest.dtype == torch.float64 else torch.float32
     total = weights[0] * newest.to(precise)

@@ -5,6 +5,7 @@ After, `SplitHead`:   x, what was kept -> embed -> block 0 -> output(signal, wha
 After, `ResumeTail`:  carry_add (an input) -> blocks 1..n -> head -> output(y)
        with `WriteResiduals`: the same, and output(y, trunk behind the span - trunk before it)
        with `RestoreSpan`:    carry_add -> add(residual, an input) -> head -> output(y)
+                              or a sum of several steps' residuals, weighed by the input ``predictor``
 Numerics: head and tail together are *bitwise equal* to the graph where operators run one by one, *close* (1e-5 relative
 in float32) where a compiler fuses them otherwise than in one graph. Restoring the span is approximate, as the policy
 decides; from the step's own residuals it is close (the rounding of one subtraction and one addition).
@@ -39,10 +40,13 @@ from omnifx.graph import (
     output_of,
 )
 from omnifx.passes.eliminate import Eliminate
+from omnifx.passes.predict_cuts import combine
 from omnifx.probes import VIEWS, Keep, Probe, Values
 
-OLDER = "@1"
-"""Ends the label of what the computed step before the last one left."""
+
+def aged(label: str, age: int) -> str:
+    """The label of what the last computed step left (age 0), the one before it (1), and so on."""
+    return f"{label}@{age}" if age else label
 
 
 @dataclass(frozen=True)
@@ -183,22 +187,30 @@ class RestoreSpan(Pass):
         probe, nodes = self.probe, nodes_by_name(gm)
         placed: list[tuple[fx.Node, list[fx.Node]]] = []
         marks: list[fx.Node] = []
-        if probe.keeps:
+        weights: list[fx.Node] = []
+        if probe.weights is not None:
+            like = _residual_like(gm, probe, nodes[probe.span[0].end], nodes[probe.span[0].start])
+            with _mode_of(like):
+                like = like.new_empty(probe.window, dtype=torch.float32)
+            weights = [insert_input(gm, "predictor", label="predictor", like=like)]
+        elif probe.keeps:
             like, label = _like(gm, probe.keeps[0]), probe.keeps[0].name
-            names = [f"now:{label}", f"probe:{label}", f"probe:{label}{OLDER}"][: 1 + probe.window]
+            names = [f"now:{label}", *(aged(f"probe:{label}", age) for age in range(probe.window))]
             marks = [insert_input(gm, _plain(name), label=name, like=like) for name in names]
         for i, pair in enumerate(probe.span):
             like = _residual_like(gm, probe, nodes[pair.end], nodes[pair.start])
-            names = [f"delta:{i}", f"delta:{i}{OLDER}"][: probe.window]
+            names = [aged(f"delta:{i}", age) for age in range(probe.window)]
             placed.append((nodes[pair.end], [insert_input(gm, _plain(name), label=name, like=like) for name in names]))
         for (end, residuals), pair in zip(placed, probe.span, strict=True):
             count = len(residuals)
 
             def restored(start: Tensor, *given: Tensor, count: int = count) -> Tensor:
+                if probe.weights is not None:
+                    return probe.restore(start, [combine(given[count], *given[:count])], ())
                 return probe.restore(start, given[:count], given[count:])
 
             users = list(end.users)
-            (value,) = inline_all(gm, restored, [nodes[pair.start], *residuals, *marks], before=end.next)
+            (value,) = inline_all(gm, restored, [nodes[pair.start], *residuals, *marks, *weights], before=end.next)
             for user in users:
                 user.replace_input_with(end, value)
         Eliminate().call(gm)

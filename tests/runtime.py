@@ -6,6 +6,7 @@ generation) and notes F for a step that computes and r for one that skips.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -99,6 +100,30 @@ class EagerBlocks(Eager):
             trunk = self.blocks(front, c, self.front, back)
             state |= {"residual": front - start, "delta": trunk - front, "row": 0}
         return not skips, self.end(self.blocks(trunk, c, back), x)
+
+
+class EagerTaylor(EagerBlocks):
+    """DBCache with its Taylor calibrator: at computed steps a_0 > a_1, D_0 is the residual of what is skipped and
+    D_{i+1} = (D_i - D_i') / (a_0 - a_1), primes being the computed step before; at a skipped step k the residual is the
+    sum of D_i (k - a_0)^i / i! up to an order."""
+
+    def __init__(self, model: ToyDiT, threshold: float, *, order: int, **options: Any) -> None:
+        super().__init__(model, threshold, **options)
+        self.order = order
+
+    def step(self, state: dict[str, Any], x: Tensor, t: Tensor, y: Tensor) -> tuple[bool, Tensor]:
+        k = state["k"]
+        if "series" in state:
+            since = k - state["at"]
+            terms = [d * since**i / math.factorial(i) for i, d in enumerate(state["series"])]
+            state["delta"] = torch.stack(terms).sum(0)
+        computed, output = super().step(state, x, t, y)
+        if computed:
+            series = [state["delta"]]
+            for old in state.get("series", [])[: self.order]:
+                series.append((series[-1] - old) / (k - state["at"]))
+            state |= {"series": series, "at": k}
+        return computed, output
 
 
 class EagerTea(Eager):

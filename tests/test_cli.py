@@ -12,6 +12,7 @@ from omnifx.pictures import Samples, kinds_of_steps, plan_figure, samples_figure
 from omnifx.plan import Correction, Plan, PlanStep
 from omnifx.policies.omnicache import OmniCache
 from omnifx.policies.taylorseer import TaylorSeer
+from omnifx.policy import policies
 from tests.profiles import make_profile
 
 TINY_DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
@@ -297,7 +298,7 @@ def test_a_plan_is_printed_written_and_drawn(profile_path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "none"], r"expected one of \[.*'fora', .*'omnicache'"),
+        (["--policy", "none"], re.escape(f"expected one of {list(policies())}")),
         (["--speedup", "50"], r"speedup must be in \[1, "),
         (["--speedup", "0.5"], "speedup must be a number >= 1"),
         (["--out", "no/such/folder/plan.json"], "mkdir -p no/such/folder"),
@@ -315,24 +316,41 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path):
     assert "cannot read" in run("plan", tmp_path / "missing", status=2).stderr
 
 
+TINY_SCRIPT = (
+    "import torch\n"
+    "from diffusers import DiTTransformer2DModel\n"
+    f"def make():\n    return DiTTransformer2DModel(**{TINY_DIT}).eval(), generate\n"
+    "def generate(model, seed):\n"
+    "    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))\n"
+    "    labels = torch.tensor([1])\n"
+    "    for t in range(900, 0, -100):\n"
+    "        time = torch.tensor([t])\n"
+    "        x = x - 0.05 * model(x, timestep=time, class_labels=labels, return_dict=False)[0][:, :4]\n"
+)
+
+
 def test_a_model_is_calibrated_and_planned(tmp_path):
     script, out = tmp_path / "tiny.py", tmp_path / "tiny.safetensors"
-    script.write_text(
-        "import torch\n"
-        "from diffusers import DiTTransformer2DModel\n"
-        f"def make():\n    return DiTTransformer2DModel(**{TINY_DIT}).eval(), generate\n"
-        "def generate(model, seed):\n"
-        "    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))\n"
-        "    labels = torch.tensor([1])\n"
-        "    for t in range(900, 0, -100):\n"
-        "        time = torch.tensor([t])\n"
-        "        x = x - 0.05 * model(x, timestep=time, class_labels=labels, return_dict=False)[0][:, :4]\n"
-    )
+    script.write_text(TINY_SCRIPT)
 
     shown = run("calibrate", f"{script}:make", "--out", out, "--lowering", "eager").output
 
     assert "1 run(s) of 9 steps" in shown
     assert "omnicache: 9 steps" in run("plan", out, "--speedup", 1.2).output
+
+
+def test_a_policy_that_decides_at_run_time_is_calibrated_and_not_planned(tmp_path):
+    script, out = tmp_path / "tiny.py", tmp_path / "tea.safetensors"
+    script.write_text(TINY_SCRIPT)
+    arguments = ["calibrate", f"{script}:make", "--out", out, "--lowering", "eager", "--runs", 2]
+
+    shown = run(*arguments, "--policy", "teacache").output
+
+    assert "2 run(s) of 9 steps" in shown
+    assert re.search(r"teacache: the polynomial \(.*\) was fitted to 14 steps", shown)
+    assert f"options={{'policy': 'teacache', 'profile': '{out}'}}" in shown
+    assert "signals that policy 'teacache' learns from" in run("plan", out, status=2).stderr
+    assert "learns nothing of a model" in run(*arguments, "--policy", "dbcache", status=2).stderr
 
 
 def test_a_factory_that_gives_no_generate_is_refused(tmp_path):

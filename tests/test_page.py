@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from omnifx.breaks import GraphBreak
+from omnifx.cli import folded
 from omnifx.diagram import blocks_of, picture_of, runs_of
 from omnifx.errors import ConfigError
 from omnifx.explainer import explain
-from omnifx.graph import Branch
+from omnifx.graph import Branch, Tokens
 from omnifx.report import MatchReport
 from tests.toys import TINY, toy, toy_inputs
 
@@ -142,7 +143,8 @@ EVIL = "<script>alert('x')</script>&\"'"
 def test_whatever_comes_from_a_model_is_escaped():
     stop = GraphBreak(reason=EVIL, file=EVIL, line=3, source=EVIL)
     bad = replace(branch(f"blocks.0.{EVIL}", EVIL, reason=EVIL), module_path=EVIL)
-    found = report(bad, model=EVIL, inputs={EVIL: EVIL}, notes=(EVIL,), breaks=(stop,), graphs=2)
+    whole = replace(branch(f"blocks.0.{EVIL}.2", EVIL), module_path=EVIL, token_reason=EVIL)
+    found = report(bad, whole, model=EVIL, inputs={EVIL: EVIL}, notes=(EVIL,), breaks=(stop,), graphs=2)
     found = replace(found, avoided=(stop,), kept_whole={EVIL: EVIL})
 
     page = found.to_html()
@@ -151,7 +153,7 @@ def test_whatever_comes_from_a_model_is_escaped():
     assert "<script>alert" not in page
     assert [tag for tag, _ in shown.tags].count("script") == 1  # our own, which sorts tables
     assert shown.text.count(EVIL) >= 8
-    assert shown.drawn() == [f"blocks.0.{EVIL}"]
+    assert shown.drawn() == [f"blocks.0.{EVIL}", f"blocks.0.{EVIL}.2"]
 
 
 def test_refused_branches_and_breaks_are_told_with_their_reasons():
@@ -164,6 +166,35 @@ def test_refused_branches_and_breaks_are_told_with_their_reasons():
     assert "pkg/moe.py:7" in page.text
     assert "3 captures stopped here" in page.text
     assert "falls apart into 4 graphs" in page.text
+
+
+def with_tokens(found: Branch, number: int) -> Branch:
+    """A branch that may be computed token by token."""
+    tokens = Tokens(batch=1, number=number, flops=found.flops, spared_flops=0)
+    return replace(found, tokens=tokens)
+
+
+def test_tables_say_which_branches_work_token_by_token_and_why_others_do_not():
+    reasons = ["bmm_3 needs every token of view_73", "bmm_17 needs every token of view_91"]
+    attentions = [replace(branch(f"blocks.{i}.attn", "self_attention"), token_reason=reasons[i % 2]) for i in range(4)]
+    mlps = [with_tokens(branch(f"blocks.{i}.ff"), 4096) for i in range(4)]
+    refused = replace(branch("emb", reason="too small"), token_reason="it is not cached")
+    found = report(*attentions, *mlps, refused)
+
+    page, table = Elements(found.to_html()), str(found).splitlines()
+
+    assert table[1].split()[-1] == "tokens"
+    assert {line.split()[0]: line.split()[-1] for line in table[2:10]} == {
+        **{f"blocks.{i}.attn": "-" for i in range(4)},
+        **{f"blocks.{i}.ff": "4,096" for i in range(4)},
+    }
+    told = [line for line in table if line.startswith("not token by token")]
+    assert told == [f"not token by token: self_attention (4): {reasons[0]}"]
+    assert folded(found).count("4,096") == 1
+    assert [line for line in folded(found).splitlines() if line.startswith("not token")] == told
+    assert "".join(page.text.split()).count("blocks.*.attn4" + reasons[0].replace(" ", "")) == 1
+    assert page.text.count("4,096") == 1 + 4 + 4 + 1  # patterns, every branch, and the picture's boxes and fold
+    assert "it is not cached" not in page.text.split("Token by token")[1].split("Refused")[0]
 
 
 def test_modules_that_are_kept_whole_are_told_with_the_breaks_in_them():

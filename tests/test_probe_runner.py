@@ -16,11 +16,13 @@ from torch import nn
 import omnifx
 from omnifx.errors import OmnifxWarning
 from omnifx.policies.adacache import AdaCache
+from omnifx.policies.dbcache import DBCache
 from omnifx.policies.dicache import DiCache
 from omnifx.policies.easycache import EasyCache
 from omnifx.policies.first_block_cache import FirstBlockCache
 from omnifx.policies.teacache import TeaCache
 from omnifx.runlog import GenerationLog
+from omnifx.session import find_session
 from tests.runtime import EagerBlocks, letters
 from tests.toys import EAGER, ToyDiT, distance, free_toy, generate, noise, sampling, toy
 
@@ -151,6 +153,37 @@ def test_caches_are_counted_bounded_and_freed() -> None:
     assert held == 2 * 16 * 32 * 4  # the first block's residual, and the others'
     assert omnifx.stats(fast).cache_bytes == 0
     assert omnifx.stats(fast).peak_cache_bytes == held
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_predictor_keeps_as_many_residuals_as_it_has_terms(order: int) -> None:
+    fast = compiled(toy(3), FirstBlockCache(threshold=1e-9, predictor=f"taylor:{order}"), steps=STEPS)
+    generate(fast, seed=0, steps=STEPS)
+
+    one = 16 * 32 * 4
+    assert omnifx.stats(fast).peak_cache_bytes == (1 + order + 1) * one
+
+
+def test_changed_weights_end_the_history_that_is_predicted_from() -> None:
+    model = toy(3)
+    policy = DBCache(threshold=1e9, warmup=2, most_skips=3, predictor="taylor:2")
+    seen: list[tuple[int, ...]] = []
+    fast = compiled(model, policy)
+
+    def change(k: int, x: torch.Tensor) -> torch.Tensor:
+        if k == 6:
+            with torch.no_grad():
+                model.blocks[1].mlp.up.weight.mul_(1.5)  # type: ignore[union-attr]
+        if k:
+            (runner,) = find_session(fast).runners
+            (stream,) = runner.streams  # type: ignore[attr-defined]
+            seen.append(stream.computed)
+        return x
+
+    generate(fast, seed=0, steps=STEPS, before=change)
+
+    assert letters(logs(fast)[0])[:7] == "FFrrrFF"
+    assert seen[4:8] == [(1, 0), (5, 1, 0), (6,), (6,)]
 
 
 def test_a_budget_too_small_for_one_stream_computes_everything_and_says_so() -> None:

@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from omnifx.errors import ConfigError, PassError
+from omnifx.graph import hint
 from omnifx.policy import register
 from omnifx.probes import Keep, Measured, Probe, Trunk, Values, change
 from omnifx.runtime import Decision, RuntimePolicy, Step, check_count, check_number
@@ -38,9 +39,12 @@ GRADIENT = 10.0
 
 
 def frames_first(value: Tensor, latents: Tensor, axis: int, *, temporal: bool) -> Tensor:
-    """[B, F, n], float32: what an attention adds to the trunk, by sample and frame."""
+    """[B, F, n], float32: what an attention adds to the trunk, by sample and frame.
+
+    It is [B, F * places, width], [B * F, places, width], or, of a temporal attention, [B * places, F, width].
+    """
     batch, frames = latents.shape[0], latents.shape[axis]
-    if temporal:  # [B * places, F, width]
+    if temporal and hint(value.shape[0]) != hint(batch):
         return value.float().reshape(batch, -1, frames, value.shape[-1]).transpose(1, 2).flatten(2)
     return value.float().reshape(batch, frames, -1)
 

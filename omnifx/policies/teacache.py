@@ -8,9 +8,9 @@ step left it.
 Source: TeaCache, arXiv:2411.19108; polynomials and thresholds of ali-vilab/TeaCache are in `teacache.json`. Those for
 CogVideoX are not among them: they belong to another signal, the timestep's embedding.
 Ours: a step whose estimate is negative computes (the published polynomials bend down beyond the changes that they were
-fitted on). For a model without a published polynomial the first generation runs in full, and one is fitted to it (of
-degree 4, or less where that would be more than half as many numbers as points; not used outside of the changes it was
-fitted on).
+fitted on). For a model without a published polynomial one is fitted to generations that run in full: those of
+`omnifx.calibrate`, or else the first one (of degree 4, or less where that would be more than half as many numbers as
+points; not used outside of the changes it was fitted on).
 ``coefficients="identity"`` takes d itself instead. The largest d over a batch's samples decides.
 Cost: the embedding and the first modulation at every step; M and the residual are kept, and while it is fitted the
 output.
@@ -112,9 +112,8 @@ class TeaCache(RuntimePolicy[float]):
         fitted = replace(self, coefficients=coefficients, within=(float(x.min()), float(x.max())))
         text = ", ".join(f"{c:.6g}" for c in coefficients)
         return fitted, (
-            f"{self.name}: no polynomial is published for this model; ({text}) was fitted to {len(points)} steps of "
-            f"its first generation, for changes in [{x.min():.4g}, {x.max():.4g}]. To keep it: "
-            "TeaCache(coefficients=..., within=...)"
+            f"{self.name}: the polynomial ({text}) was fitted to {len(points)} steps, for changes in "
+            f"[{x.min():.4g}, {x.max():.4g}]"
         )
 
     def probe(self, gm: fx.GraphModule, trunk: Trunk) -> Probe:

@@ -21,9 +21,9 @@ from omnifx.policies.dicache import DiCache
 from omnifx.policies.easycache import EasyCache
 from omnifx.policies.first_block_cache import FirstBlockCache
 from omnifx.policies.teacache import TeaCache, published
-from omnifx.policy import resolve
+from omnifx.policy import policies, resolve
 from omnifx.runtime import AnyRuntimePolicy, RuntimePolicy, Step
-from tests.runtime import Eager, EagerAda, EagerBlocks, EagerDi, EagerEasy, EagerTea, letters
+from tests.runtime import Eager, EagerAda, EagerBlocks, EagerDi, EagerEasy, EagerTaylor, EagerTea, letters
 from tests.toys import EAGER, TINY, ToyDiT, distance, generate, noise, toy
 
 STEPS = 12
@@ -45,6 +45,18 @@ CASES: dict[str, Case] = {
     "dbcache-front": (
         DBCache(front=2, back=0, warmup=2, most_skips=3, threshold=0.9),
         lambda model: EagerBlocks(model, 0.9, front=2, back=0, warmup=2, most=3),
+    ),
+    "dbcache-taylor": (
+        DBCache(front=1, back=1, warmup=3, most_skips=2, threshold=0.9, predictor="taylor:1"),
+        lambda model: EagerTaylor(model, 0.9, order=1, front=1, back=1, warmup=3, most=2),
+    ),
+    "dbcache-taylor-2": (
+        DBCache(front=1, back=0, warmup=4, most_skips=3, threshold=1.2, predictor="taylor:2"),
+        lambda model: EagerTaylor(model, 1.2, order=2, front=1, back=0, warmup=4, most=3),
+    ),
+    "first-block-cache-taylor": (
+        FirstBlockCache(threshold=0.7, predictor="taylor:1"),
+        lambda model: EagerTaylor(model, 0.7, order=1, equal=True),
     ),
     "teacache": (
         TeaCache(threshold=0.9, coefficients=POLYNOMIAL),
@@ -202,7 +214,7 @@ def learnt_points(model: ToyDiT) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("name", ["latte", "wan", "flux"])
-@pytest.mark.parametrize("policy", ["dicache", "first-block-cache", "moreg"])
+@pytest.mark.parametrize("policy", ["dicache", "first-block-cache", "dbcache", "moreg"])
 def test_real_models_run_as_one_graph_and_skip(name: str, policy: str) -> None:
     """Latte permutes its trunk, FLUX joins two, and both are captured with fake tensors around."""
     if policy == "moreg" and name == "flux":
@@ -211,6 +223,7 @@ def test_real_models_run_as_one_graph_and_skip(name: str, policy: str) -> None:
     chosen: dict[str, AnyRuntimePolicy] = {
         "dicache": DiCache(threshold=1e9, retention=0.0),
         "first-block-cache": FirstBlockCache(threshold=1e9),
+        "dbcache": DBCache(threshold=1e9, warmup=3, predictor="taylor:2"),
         "moreg": AdaCache(codebook=((1e9, 3),), moreg=True),
     }
     fast = torch.compile(tiny.model, backend="omnicache", options={**EAGER, "policy": chosen[policy], "steps": 6})
@@ -224,7 +237,8 @@ def test_real_models_run_as_one_graph_and_skip(name: str, policy: str) -> None:
             fast(**inputs)
 
     stats = omnifx.stats(fast)
-    expected = {"dicache": "FrrrrF", "first-block-cache": "Frrrrr", "moreg": "FFrrFr"}[policy]
+    rows = {"dicache": "FrrrrF", "first-block-cache": "Frrrrr", "dbcache": "FFFrrr", "moreg": "FFrrFr"}
+    expected = rows[policy]
     assert letters(stats.generations[-1]) == expected
     assert stats.graphs == 1
 
@@ -343,6 +357,9 @@ def test_motion_makes_more_steps_compute() -> None:
         (FirstBlockCache, {"threshold": float("nan")}, "threshold must be a number"),
         (DBCache, {"front": 0}, "dbcache: front must be a whole number >= 1"),
         (DBCache, {"most_skips": 1.5}, "most_skips must be a whole number"),
+        (DBCache, {"predictor": "tailor"}, "predictor: found 'tailor', expected one of"),
+        (DBCache, {"predictor": "fitted:3"}, "dbcache: predictor 'fitted:3' needs a profile of the generation"),
+        (FirstBlockCache, {"predictor": "taylor:1@timesteps"}, "first-block-cache: predictor .* needs a profile"),
         (EasyCache, {"warmup": 1}, "easycache: warmup must be a whole number >= 2"),
         (TeaCache, {"coefficients": "fitted"}, "teacache: coefficients must be numbers"),
         (TeaCache, {"coefficients": ("a",)}, "coefficients must be a number"),
@@ -357,15 +374,14 @@ def test_bad_options_are_refused(policy: type[AnyRuntimePolicy], options: dict[s
         policy(**options)
 
 
-@pytest.mark.parametrize("name", ["teacache", "adacache", "first-block-cache", "dbcache", "easycache", "dicache"])
-def test_they_are_known_by_their_names_and_promise_no_speedup(name: str) -> None:
-    policy = resolve(name)
+def test_they_are_known_by_their_names_and_promise_no_speedup() -> None:
+    found = {name for name, cls in policies().items() if issubclass(cls, RuntimePolicy)}
 
-    assert isinstance(policy, RuntimePolicy)
-    with pytest.raises(ConfigError, match=f"{name}"):
-        omnifx.calibrate(toy(1), generate, policy=name)
-    with pytest.raises(ConfigError, match="speedup"):
-        Options.parse({"policy": name, "speedup": 2.0})
+    assert {"teacache", "adacache", "first-block-cache", "dbcache", "easycache", "dicache"} <= found
+    for name in found:
+        assert resolve(name).name == name
+        with pytest.raises(ConfigError, match=f"{name} decides at run time, .* so no ratio can be promised"):
+            Options.parse({"policy": name, "speedup": 2.0})
 
 
 def test_a_polynomial_that_goes_below_zero_skips_nothing() -> None:
