@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._C._dynamo.eval_frame import (
+    _debug_get_cache_entry_list,
+    _FrameAction,
+    _FrameExecStrategy,
+    reset_code,
+    set_code_exec_strategy,
+)
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.guards import DeletedGuardManagerWrapper
@@ -68,6 +74,9 @@ class _Inside(threading.local):
 
 
 _INSIDE = _Inside()
+
+_ANY = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT)
+"""What Dynamo may do with a code before it knows any better: look for what it made of it, or make it."""
 
 
 def innermost() -> Boundary | None:
@@ -142,7 +151,7 @@ class Boundary:
         self._cls = type(model)
         self._others = others
         self._num_waits = 0
-        self._made: set[object] = set()  # what Dynamo made for this model: numbers of compilations, and code
+        self._made: dict[int, object] = {}  # what Dynamo made for this model, by identity: see `forget_entries`
         self.wholes = Wholes(model)
         self._start_over = start_over
         self._tell = tell
@@ -234,8 +243,8 @@ class Boundary:
     def note_codes(self, code: CodeType) -> None:
         """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""
         self._codes.update(codes_around(code))
-        self._made.update(frame.f_code for frame in _frames_around())
-        self._made.add(CompileContext.current_compile_id())
+        made = (CompileContext.current_compile_id(), *(frame.f_code for frame in _frames_around()))
+        self._made.update((id(each), each) for each in made)
 
     def compiled_any_of(self, codes: Set[int]) -> bool:
         """Whether Dynamo compiled one of these codes, by identity, for this model."""
@@ -243,6 +252,8 @@ class Boundary:
 
     def _capture_anew(self) -> None:
         """Let Dynamo forget the model's code if another way to capture it is to be tried."""
+        if self.settled and not all(other.settled for other in self._others()):
+            self._unskip()
         if self.capturing in ("to be tried again", "waiting") and not self.bypassed:
             self._look_around()
         if self.capturing in ("to be tried again", "failed"):
@@ -298,7 +309,17 @@ class Boundary:
         if not users:
             reset_code(code)
             return
-        forget_entries(code, self._made.difference(*(other._made for other in users)))
+        theirs = set().union(*(other._made for other in users))
+        forget_entries(code, [each for key, each in self._made.items() if key not in theirs])
+        set_code_exec_strategy(code, _ANY)
+
+    def _unskip(self) -> None:
+        """Let Dynamo run what it made for this model of codes in which another one, while it tries, met a break that
+        skips all of the code, for all models."""
+        for code in self._codes.values():
+            entries = _debug_get_cache_entry_list(code)
+            if any(id(entry.compile_id) in self._made or id(entry.code) in self._made for entry in entries):
+                set_code_exec_strategy(code, _ANY)
 
     def _end_capture(self) -> None:
         if self.underway.keeps_whole:
@@ -386,15 +407,19 @@ def _frames_around() -> Iterator[FrameType]:
 
 
 def forget_entries(code: CodeType, made: Collection[object]) -> None:
-    """Let Dynamo forget some of what it made of a code: by the numbers of compilations, or by the code that they gave.
+    """Let Dynamo forget some of what it made of a code; `reset_code` forgets all, also what it made for other models.
 
-    `reset_code` forgets all of it, also what it made for other models.
+    Args:
+        code: The user's.
+        made: Numbers of compilations, or the code that they gave. They are compared by identity: Dynamo begins to count
+            anew when it is reset.
     """
+    known = set(map(id, made))
     for entry in _debug_get_cache_entry_list(code):
-        manager = entry.guard_manager
-        if (entry.compile_id in made or entry.code in made) and not isinstance(manager, DeletedGuardManagerWrapper):
+        manager, is_known = entry.guard_manager, not known.isdisjoint((id(entry.compile_id), id(entry.code)))
+        if is_known and not isinstance(manager, DeletedGuardManagerWrapper):
             deleted = DeletedGuardManagerWrapper("omnifx captures this model in another way")
-            deleted.id_matched_objs = manager.id_matched_objs  # it counts for this model alone
+            deleted.id_matched_objs = {"": weakref.ref(code)}  # no frame has that: it does not count as a recompilation
             if manager.extra_state is not None:
                 manager.extra_state.invalidate(entry, deleted)
 
