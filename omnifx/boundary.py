@@ -54,7 +54,7 @@ size cannot be cached, but the parts of the model have none."""
 
 
 MOST_WAITS = MAX_LOOKS + 2
-"""Calls for which an instance waits until another one has found how to capture their class: as many as that may need."""
+"""Calls for which an instance waits until another one has found how to capture their class; it may need as many."""
 
 
 class Underway(threading.local):
@@ -290,6 +290,7 @@ class Boundary:
             self.capturing = "to be tried again"  # nobody calls the other one
             for other in trying:
                 self._codes.update(other._codes)
+                self._made.update(other._made)
 
     def _follow(self, other: Boundary) -> None:
         """Begin with what the boundary of another instance found."""

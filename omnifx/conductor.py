@@ -664,7 +664,7 @@ class Conductor:
         recording, streams = found
         for stream in streams:
             self.streams.drop(stream.key)
-        self._sealed = True
+        self._sealed = bool(self.parts)  # none yet if it was still being found out how to capture the model
         if self.missed_start:
             self.missed_start = False
             self.log.note("the first generation was not learned from: its first step ran before the model was captured")

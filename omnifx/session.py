@@ -283,7 +283,7 @@ class Session:
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
 
     def _other_boundaries(self) -> list[Boundary]:
-        found = [session for session in list(_SESSIONS) if session is not self]
+        found = [session for session in list(_SESSIONS) if session is not self and session.model_ref() is not None]
         return [session.boundary for session in found if session.boundary is not None]
 
     def bypass_boundary(self) -> None:
@@ -655,9 +655,7 @@ def meet(own: weakref.ref[Session], raw_options: dict[str, Any] | None) -> Sessi
     return session
 
 
-def _runner_for_call(
-    own: weakref.ref[Session], raw_options: dict[str, Any] | None, runner: Runner
-) -> Runner | None:
+def _runner_for_call(own: weakref.ref[Session], raw_options: dict[str, Any] | None, runner: Runner) -> Runner | None:
     """The runner for the model that this thread is calling, of the graph of `runner`; see `Session.serve`."""
     boundary = innermost()
     if boundary is not None:
