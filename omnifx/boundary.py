@@ -148,7 +148,7 @@ class Boundary:
         self._model = weakref.ref(model)  # which keeps its session alive, so that both go together
         self.serve = serve
         self.options = options
-        self._cls = type(model)
+        self._classes = tuple((path, type(module)) for path, module in model.named_modules())
         self._others = others
         self._num_waits = 0
         self._made: dict[int, object] = {}  # what Dynamo made for this model, by identity: see `forget_entries`
@@ -275,8 +275,9 @@ class Boundary:
             self.wholes.enter()
 
     def _look_around(self) -> None:
-        """Begin with what another instance of this class found, or wait for one that is still trying."""
-        alike = [o for o in self._others() if o._cls is self._cls and o.options == self.options]
+        """Begin with what another instance of this class, with modules of equal classes, found; or wait for one that is
+        still trying."""
+        alike = [o for o in self._others() if o._classes == self._classes and o.options == self.options]
         settled = sorted((other for other in alike if other.settled), key=lambda other: not other.bypassed)
         if settled:
             self._follow(settled[0])
