@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.backends.inductor import InductorLowering
-from omnifx.boundary import CAPTURE, MOST_LEFT, Boundary, compiled_call
+from omnifx.boundary import CAPTURE, MOST_LEFT, compiled_call, innermost
 from omnifx.capture import capture, origins_of, root_module, state_inputs
 from omnifx.errors import MatchError
 from omnifx.program import Program
-from omnifx.session import Session, keep_with, session_for, weights_hash
+from omnifx.session import Session, keep_with, meet, session_for, weights_hash
 
 
 def omnicache(
@@ -41,13 +42,12 @@ def omnicache(
     broken = not _is_whole(model)
     if broken:
         session.watch_boundary()
-        if session.boundary is not None and session.boundary.capturing in ("to be tried again", "failed"):
+        if session.boundary is not None:
             session.boundary.note_codes(_translator().f_code)
-            if session.boundary.capturing == "to be tried again":
-                return _looking(gm, session.boundary)
-            return gm  # this one call runs as it is
-    elif model is not None and (argument := _model_argument(model)):
-        _guard_identity(argument)  # not for parts of a model, which its blocks may share
+    if model is not None and not (broken and _serves_others(session)) and (argument := _model_argument(model)):
+        _guard_identity(argument)
+    if broken and session.boundary is not None and session.boundary.tries:
+        return _as_it_is(gm, session)
     static, names = state_inputs(gm)
     session.names = [names[i] for i in origins_of(example_inputs)]
     # All of them where they are known: at another size a model may use another table of positions.
@@ -77,7 +77,7 @@ def omnicache(
         if not boundary.bypassed:
             boundary.capturing = "failed"
             session.forget_programs()
-            return gm  # this one call runs as it is, the next one is captured as the first one was
+            return _as_it_is(gm, session)  # the next call is captured as the first one was
     return capture(gm, example_inputs, inner, patches=patches)
 
 
@@ -105,15 +105,33 @@ def _compile_program(
     return runner
 
 
-def _looking(gm: fx.GraphModule, boundary: Boundary) -> Callable[..., Any]:
-    """Run a graph as it is; what comes behind it may be a module with a break. Modules must stay as they are until
-    Dynamo has checked its guards."""
+def _as_it_is(gm: fx.GraphModule, session: Session) -> Callable[..., Any]:
+    """Run a graph as it is, while it is found out how to capture the model; another instance that gets here is noted.
+
+    What comes behind it may be a module with a break. Modules must stay as they are until Dynamo has checked its
+    guards.
+    """
+    own, options = weakref.ref(session), session.raw_options
 
     def run(*args: Any) -> Any:
-        boundary.wholes.look()
+        if innermost() is None:
+            meet(own, options)
+        found = own()
+        if found is not None and found.boundary is not None and found.boundary.capturing == "to be tried again":
+            found.boundary.wholes.look()
         return gm(*args)
 
     return run
+
+
+def _serves_others(session: Session) -> bool:
+    """Whether a part of a model may run for other modules: its blocks share it, and so do other instances of its class.
+
+    Not while it is found out how to capture this one, and not where nobody would look for another one's runner.
+    """
+    if session.boundary is None:
+        return session.policy.needs_profile or compiled_call() is None
+    return session.boundary.settled
 
 
 def _guard_identity(argument: str) -> None:

@@ -11,16 +11,25 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence, Set
-from types import CodeType
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import reset_code
+from torch._C._dynamo.eval_frame import (
+    _debug_get_cache_entry_list,
+    _FrameAction,
+    _FrameExecStrategy,
+    reset_code,
+    set_code_exec_strategy,
+)
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.utils import orig_code_map
+from torch._guards import CompileContext
 from torch.utils import _pytree as pytree
 
 from omnifx.clock import Reader
@@ -28,10 +37,11 @@ from omnifx.errors import WholeError
 from omnifx.flops import numel
 from omnifx.graph import SMALL, Inputs
 from omnifx.weights import HABIT, WeightWatch, plain
-from omnifx.whole import Wholes
+from omnifx.whole import MAX_LOOKS, Wholes
 
 if TYPE_CHECKING:
     from omnifx.conductor import Call, Conductor
+    from omnifx.runner import Runner
 
 
 CAPTURE = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
@@ -43,6 +53,10 @@ MOST_LEFT = 0.5
 size cannot be cached, but the parts of the model have none."""
 
 
+MOST_WAITS = MAX_LOOKS + 2
+"""Calls for which an instance waits until another one has found how to capture their class; it may need as many."""
+
+
 class Underway(threading.local):
     """The step that each thread is in, for the graphs of a broken model to find."""
 
@@ -50,6 +64,24 @@ class Underway(threading.local):
     conductor: Conductor | None = None
     captures_sizes: bool = False
     keeps_whole: bool = False
+
+
+class _Inside(threading.local):
+    """The calls of compiled modules that each thread is in, as far as a boundary saw them begin; innermost last."""
+
+    def __init__(self) -> None:
+        self.boundaries: list[Boundary] = []
+
+
+_INSIDE = _Inside()
+
+_ANY = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT)
+"""What Dynamo may do with a code before it knows any better: look for what it made of it, or make it."""
+
+
+def innermost() -> Boundary | None:
+    """The boundary of the compiled module that this thread is calling; None if the call passed no boundary."""
+    return _INSIDE.boundaries[-1] if _INSIDE.boundaries else None
 
 
 class _SharedPatch:
@@ -87,12 +119,19 @@ class Boundary:
     the third call is captured as the first one was, in parts. Submodules that the breaks lie in are looked at in the
     first call, or the first few, and are operators to Dynamo from then on (see `omnifx.whole`).
 
+    A further instance of the same class, compiled with equal options, begins with what an earlier one found. Where that
+    is parts, Dynamo gives it the graphs of the first one, as far as their guards hold, and `serve` finds the runner of
+    its own. What Dynamo compiled for another instance is never reset: only what it made for this one.
+
     Args:
         model: The module as it was before compilation.
         make_conductor: A conductor for the roles and the example inputs of a new kind of call.
         underway: Where the step is noted.
         start_over: Forgets all graphs, and tells the user why.
         tell: Tells the user.
+        serve: The runner of this model for a graph that was captured for another instance; None if there is none.
+        options: What the model was compiled with, as the user wrote it.
+        others: The boundaries of all other models.
     """
 
     def __init__(
@@ -102,8 +141,17 @@ class Boundary:
         underway: Underway,
         start_over: Callable[[str], None],
         tell: Callable[[str], None],
+        serve: Callable[[Runner], Runner | None] = lambda runner: runner,
+        options: dict[str, Any] | None = None,
+        others: Callable[[], Sequence[Boundary]] = tuple,
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # which keeps its session alive, so that both go together
+        self.serve = serve
+        self.options = options
+        self._classes = tuple((path, type(module)) for path, module in model.named_modules())
+        self._others = others
+        self._num_waits = 0
+        self._made: dict[int, object] = {}  # what Dynamo made for this model, by identity: see `forget_entries`
         self.wholes = Wholes(model)
         self._start_over = start_over
         self._tell = tell
@@ -117,6 +165,24 @@ class Boundary:
         self.bypassed = False  # the model is one graph after all, and has a conductor that reads its inputs
         self.capturing = "to be tried again"
         self._captures_sizes_anyway = all(getattr(config, name) for name in CAPTURE)
+        self._look_around()
+
+    @property
+    def model(self) -> nn.Module:
+        """The module as it was before compilation, which is being called."""
+        model = self._model()
+        assert model is not None  # its caller holds it
+        return model
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known how to capture the model."""
+        return self.bypassed or self.capturing == "plainly"
+
+    @property
+    def tries(self) -> bool:
+        """Whether what Dynamo captures now only shows how to capture the model; the call runs as it is."""
+        return not self.bypassed and self.capturing in ("to be tried again", "failed", "waiting")
 
     def install(self, owner: nn.Module) -> None:
         """See every later call of `owner`, the compiled module, outside of what Dynamo traces."""
@@ -125,12 +191,14 @@ class Boundary:
 
         @functools.wraps(inner)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.enter(args, kwargs)
+            _INSIDE.boundaries.append(self)
             output = None
             try:
+                self.enter(args, kwargs)
                 output = self._run(inner, args, kwargs)
                 return output
             finally:
+                _INSIDE.boundaries.pop()
                 self.leave(output)
 
         if isinstance(owner, OptimizedModule):
@@ -175,6 +243,8 @@ class Boundary:
     def note_codes(self, code: CodeType) -> None:
         """Remember what Dynamo compiles, and what called that within the model, to capture it anew."""
         self._codes.update(codes_around(code))
+        made = (CompileContext.current_compile_id(), *(frame.f_code for frame in _frames_around()))
+        self._made.update((id(each), each) for each in made)
 
     def compiled_any_of(self, codes: Set[int]) -> bool:
         """Whether Dynamo compiled one of these codes, by identity, for this model."""
@@ -182,6 +252,10 @@ class Boundary:
 
     def _capture_anew(self) -> None:
         """Let Dynamo forget the model's code if another way to capture it is to be tried."""
+        if self.settled and not all(other.settled for other in self._others()):
+            self._unskip()
+        if self.capturing in ("to be tried again", "waiting") and not self.bypassed:
+            self._look_around()
         if self.capturing in ("to be tried again", "failed"):
             again = self.capturing == "to be tried again"
             if again and self.wholes.end_look():
@@ -191,13 +265,63 @@ class Boundary:
             else:
                 self.capturing = "plainly"
             for code in (*self._codes.values(), *self.wholes.codes()):
-                reset_code(code)
+                self._forget(code)
+            self._made.clear()
         if self.capturing == "whole" and not self.underway.captures_sizes:
             self.underway.captures_sizes = True
             _SIZES.enter()
         if self.capturing != "to be tried again" and not self.underway.keeps_whole:
             self.underway.keeps_whole = True
             self.wholes.enter()
+
+    def _look_around(self) -> None:
+        """Begin with what another instance of this class, with modules of equal classes, found; or wait for one that is
+        still trying."""
+        alike = [o for o in self._others() if o._classes == self._classes and o.options == self.options]
+        settled = sorted((other for other in alike if other.settled), key=lambda other: not other.bypassed)
+        if settled:
+            self._follow(settled[0])
+            return
+        trying = [other for other in alike if other.capturing != "waiting"]
+        if not self._num_waits and self.capturing != "waiting":
+            self.capturing = "waiting" if trying and not self._codes else self.capturing
+            return
+        self._num_waits += 1
+        if self.capturing == "waiting" and (not trying or self._num_waits >= MOST_WAITS):
+            self.capturing = "to be tried again"  # nobody calls the other one
+            for other in trying:
+                self._codes.update(other._codes)
+                self._made.update(other._made)
+
+    def _follow(self, other: Boundary) -> None:
+        """Begin with what the boundary of another instance found."""
+        began = bool(self._codes) or self.capturing == "waiting"
+        self._codes.update(other._codes)
+        self.wholes.adopt(other.wholes)
+        if other.bypassed:
+            self.capturing = "to be tried again"  # with its modules kept whole
+            return
+        # What was captured so far goes, and modules are not run aside before the next call.
+        self.capturing = "failed" if began or self.wholes.replaces_any else "plainly"
+        self._made |= other._made
+
+    def _forget(self, code: CodeType) -> None:
+        """Let Dynamo forget what it made of a code; where another model runs that, only what it made for this one."""
+        users = [other for other in self._others() if other.settled and other.compiled_any_of({id(code)})]
+        if not users:
+            reset_code(code)
+            return
+        theirs = set().union(*(other._made for other in users))
+        forget_entries(code, [each for key, each in self._made.items() if key not in theirs])
+        set_code_exec_strategy(code, _ANY)
+
+    def _unskip(self) -> None:
+        """Let Dynamo run what it made for this model of codes in which another one, while it tries, met a break that
+        skips all of the code, for all models."""
+        for code in self._codes.values():
+            entries = _debug_get_cache_entry_list(code)
+            if any(id(entry.compile_id) in self._made or id(entry.code) in self._made for entry in entries):
+                set_code_exec_strategy(code, _ANY)
 
     def _end_capture(self) -> None:
         if self.underway.keeps_whole:
@@ -225,7 +349,7 @@ class Boundary:
         if self._unseen is not None:
             (call, conductor), self._unseen = self._unseen, None
             with conductor.lock:
-                conductor.end_step(call, None)
+                conductor.end_step(call, None, captured=self.capturing != "waiting")
         if self.bypassed:
             return
         leaves, spec = pytree.tree_flatten(_in_order(self.model, args, kwargs))
@@ -263,19 +387,43 @@ class Boundary:
         self.underway.call = self.underway.conductor = None
         if call is not None and conductor is not None and output is not None:
             with conductor.lock:
-                conductor.end_step(call, _largest(output))
+                conductor.end_step(call, _largest(output), captured=self.capturing != "waiting")
 
 
 def codes_around(code: CodeType) -> dict[int, CodeType]:
     """What Dynamo compiles now, and what called that within the compiled module, by identity."""
     codes = {id(code): code}
-    frame = sys._getframe(1)
+    for frame in _frames_around():
+        caller = orig_code_map.get(frame.f_code, frame.f_code)  # what runs is what Dynamo made of it
+        codes[id(caller)] = caller
+    return codes
+
+
+def _frames_around() -> Iterator[FrameType]:
+    """The frames on the stack within the innermost call of a compiled module, without those of torch."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and not isinstance(frame.f_locals.get("self"), OptimizedModule):
         if f"{os.sep}torch{os.sep}" not in frame.f_code.co_filename:
-            caller = orig_code_map.get(frame.f_code, frame.f_code)  # what runs is what Dynamo made of it
-            codes[id(caller)] = caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return codes
+            yield frame
+        frame = frame.f_back
+
+
+def forget_entries(code: CodeType, made: Collection[object]) -> None:
+    """Let Dynamo forget some of what it made of a code; `reset_code` forgets all, also what it made for other models.
+
+    Args:
+        code: The user's.
+        made: Numbers of compilations, or the code that they gave. They are compared by identity: Dynamo begins to count
+            anew when it is reset.
+    """
+    known = set(map(id, made))
+    for entry in _debug_get_cache_entry_list(code):
+        manager, is_known = entry.guard_manager, not known.isdisjoint((id(entry.compile_id), id(entry.code)))
+        if is_known and not isinstance(manager, DeletedGuardManagerWrapper):
+            deleted = DeletedGuardManagerWrapper("omnifx captures this model in another way")
+            deleted.id_matched_objs = {"": weakref.ref(code)}  # no frame has that: it does not count as a recompilation
+            if manager.extra_state is not None:
+                manager.extra_state.invalidate(entry, deleted)
 
 
 def compiled_call() -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[str, Any]] | None:

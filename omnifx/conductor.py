@@ -615,8 +615,8 @@ class Conductor:
         for name, value in known.items():
             recording.prior.add(call.stream.step, keys[name], value, batch=batch)
 
-    def end_step(self, call: Call, output: Tensor | None) -> None:
-        """A call of a broken model is over: all its parts have run."""
+    def end_step(self, call: Call, output: Tensor | None, *, captured: bool = True) -> None:
+        """A call of a broken model is over: all its parts have run, if it was `captured` at all."""
         self.keep(call, output, None)
         stream = call.stream
         call.log.variant = call.log.variant or "full"  # no part of it has branches
@@ -625,7 +625,7 @@ class Conductor:
             stream.log.steps.append(call.log)
         if stream.is_last_step:
             self.streams.drop(stream.key)
-        self._empty_steps = 0 if self.parts else self._empty_steps + 1
+        self._empty_steps = 0 if self.parts or not captured else self._empty_steps + 1
         if not self.names and not self.inactive and (self.parts or self._empty_steps >= PATIENCE):
             self.inactive = self.explain_nothing([part.program for part in self.parts])
             self.tell(self.inactive)
@@ -664,7 +664,7 @@ class Conductor:
         recording, streams = found
         for stream in streams:
             self.streams.drop(stream.key)
-        self._sealed = True
+        self._sealed = bool(self.parts)  # none yet if it was still being found out how to capture the model
         if self.missed_start:
             self.missed_start = False
             self.log.note("the first generation was not learned from: its first step ran before the model was captured")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import sympy
@@ -64,8 +64,6 @@ class Variant:
     """The graph that makes its ``condition:`` inputs."""
     shares: bool | None = None
     """Whether an output of the model shares memory with a cut; None until it ran."""
-    checked: set[Sizes] = field(default_factory=set)
-    """The sizes at which it was made to reproduce a full step from that step's own cuts."""
     guards: tuple[sympy.Basic, ...] = ()
     """What sizes must fulfil, if it was compiled when Dynamo's guards stood already."""
 

@@ -7,7 +7,7 @@ Nothing here is traced: Dynamo sees one opaque compiled function, and no graph c
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -78,6 +78,8 @@ class Runner:
         conductor: Decides; None for a part of a broken model, which does what the step under way says.
         underway: Where to find that step.
         inactive: Why nothing can be reused here; empty if it can.
+        relay: Of a part, finds the runner for the model that is being called: Dynamo runs what it compiled for one
+            instance of a class for all of them. None if nothing is known of that model.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Runner:
         conductor: Conductor | None,
         underway: Underway,
         inactive: str = "",
+        relay: Callable[[Runner], Runner | None] = lambda runner: runner,
     ) -> None:
         self.program = program
         self.policy = policy
@@ -96,6 +99,8 @@ class Runner:
         self.conductor = conductor
         self.underway = underway
         self._inactive = inactive
+        self._relay = relay
+        self._checked: set[tuple[VariantSpec, Sizes]] = set()  # what reproduced a full step from its own cuts
         self.late_compilations = 0
         self.reader = Reader(program.analysis.inputs)
         self._tables: dict[VariantSpec, Table] = {}
@@ -183,6 +188,13 @@ class Runner:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
+        runner = self if self.conductor is not None else self._relay(self)
+        if runner is None:
+            return self.program.variant(self.program.plain).run(args)
+        return runner.run(args)
+
+    def run(self, args: list[Any]) -> Sequence[Any]:
+        """A call of this runner's own model."""
         if self.inactive or not self.policy.needs_profile:
             self._log_plain()
             return self.program.variant(self.program.plain).run(args)
@@ -643,11 +655,13 @@ class Runner:
                 self._compiled(spec)
         if program.side_effects:
             return
-        unchecked = [v for v in program.variants.values() if reuses(v.spec.row) and job.sizes not in v.checked]
+        unchecked = [
+            v for v in program.variants.values() if reuses(v.spec.row) and (v.spec, job.sizes) not in self._checked
+        ]
         for variant in [v for v in unchecked if job.sizes.allows(v.guards)]:
             if not all(cut in job.cuts for cut in program.cuts_of(variant.spec)):
                 continue  # not kept in this generation
-            variant.checked.add(job.sizes)
+            self._checked.add((variant.spec, job.sizes))
             again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
             for i in program.noisy:
                 true, got = outputs[i].float(), again[i].float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import threading
 import uuid
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from omnifx.boundary import Boundary, Underway, compiled_call
+from omnifx.boundary import Boundary, Underway, compiled_call, innermost
 from omnifx.breaks import GraphBreak, known_breaks
 from omnifx.clock import Marked, Reading, mark, marked_for
 from omnifx.conductor import Conductor
@@ -73,6 +74,7 @@ class Session:
         self.conductors: list[Conductor] = []  # one for each capture of the model, newest last
         self.boundary: Boundary | None = None
         self.underway = Underway()
+        self._served: dict[Program, Runner] = {}  # for graphs that were captured for another instance
         _SESSIONS.add(self)
 
     # -- capture -------------------------------------------------------------------------------------------------------
@@ -123,11 +125,24 @@ class Session:
             conductor=conductor,
             underway=self.underway,
             inactive=reason,
+            relay=functools.partial(_runner_for_call, weakref.ref(self), self.raw_options),
         )
         self.runners.append(runner)
         if reason and broken:
             self.tell(reason)
         return runner
+
+    def serve(self, runner: Runner) -> Runner | None:
+        """This session's runner for the graph of `runner`, which Dynamo runs for this session's model too.
+
+        The graph is the same, and so are its variants; what differs is this model's: its plan, caches, noise and log.
+        """
+        if runner.underway is self.underway:
+            return runner
+        with _LOCK:
+            if runner.program not in self._served:
+                self._served[runner.program] = self.add_program(runner.program, "", broken=True)
+            return self._served[runner.program]
 
     def _add_probe_runner(self, program: Program, weights_hash: str, store: CacheStore, *, broken: bool) -> Runner:
         """A runner for a policy that decides at run time; it needs no conductor, as there is no plan to follow."""
@@ -305,10 +320,23 @@ class Session:
                 inactive=reason,
             )
 
-        self.boundary = Boundary(model, make_conductor, self.underway, self.start_over, self.tell)
+        self.boundary = Boundary(
+            model,
+            make_conductor,
+            self.underway,
+            self.start_over,
+            self.tell,
+            serve=self.serve,
+            options=self.raw_options,
+            others=self._other_boundaries,
+        )
         self.boundary.install(owner)
         with unset_fake_temporarily():
             self.boundary.enter_unseen(args, kwargs)  # its hook is passed already
+
+    def _other_boundaries(self) -> list[Boundary]:
+        found = [session for session in list(_SESSIONS) if session is not self and session.model_ref() is not None]
+        return [session.boundary for session in found if session.boundary is not None]
 
     def bypass_boundary(self) -> None:
         """The model is one graph after all, whose conductor reads the graph's inputs."""
@@ -321,6 +349,7 @@ class Session:
     def forget_programs(self) -> None:
         """The graphs captured so far will not be called again."""
         self.runners.clear()
+        self._served.clear()
         self.conductors[:] = [conductor for conductor in self.conductors if conductor.broken]
         for conductor in self.conductors:
             conductor.forget_parts()
@@ -332,6 +361,7 @@ class Session:
             conductor.close()
         self.conductors.clear()
         self.runners.clear()
+        self._served.clear()
 
     def _break_reason(self) -> str:
         breaks = known_breaks()
@@ -664,6 +694,39 @@ def session_for(model: nn.Module | None, raw_options: dict[str, Any] | None, ten
             ):
                 return session
         return Session(Options.parse(raw_options), raw_options, model)
+
+
+def meet(own: weakref.ref[Session], raw_options: dict[str, Any] | None) -> Session | None:
+    """The session of the model that is being called in this thread, though its boundary did not see the call begin: a
+    further instance of a class, or one of another class that runs the same code. It gets a session and a boundary.
+
+    Args:
+        own: The session that the graph was captured for, which runs now.
+        raw_options: Its options: Dynamo runs a graph for models only that were compiled with equal ones.
+
+    Returns: None if no compiled module is being called.
+    """
+    found = compiled_call()
+    if found is None:
+        return None
+    with _LOCK:
+        session = session_for(found[0], raw_options, ())
+        keep_with(found[0], session)
+        if session is not own():
+            session.watch_boundary()
+    return session
+
+
+def _runner_for_call(own: weakref.ref[Session], raw_options: dict[str, Any] | None, runner: Runner) -> Runner | None:
+    """The runner for the model that this thread is calling, of the graph of `runner`; see `Session.serve`."""
+    boundary = innermost()
+    if boundary is not None:
+        return boundary.serve(runner) if boundary.options == raw_options else None
+    session = own()
+    if session is not None and session.boundary is None:
+        return runner  # a function was compiled, and nothing tells its steps apart
+    found = meet(own, raw_options)
+    return found.serve(runner) if found is not None else runner
 
 
 def forget_captures(codes: Collection[CodeType]) -> None:

@@ -135,14 +135,42 @@ class Wholes:
     def __init__(self, model: nn.Module) -> None:
         self.found: dict[nn.Module, Whole] = {}
         self.refused: dict[type[nn.Module], str] = {}
-        self._model = model
+        self._root = weakref.ref(model)
         self._nests: dict[tuple[frozenset[type[nn.Module]], ...], None] = {}  # classes around a break, innermost first
         self._observed: dict[nn.Module, Callable[..., Any] | None] = {}
         self._num_users = 0
         self._num_looks = 0
         self._unseen: set[nn.Module] = set()
         self._given_up = False
-        self._aside: dict[nn.Module, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {}
+        self._aside: dict[nn.Module, tuple[Whole, Callable[..., Any]]] = {}
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._root()
+        assert model is not None  # it is being called
+        return model
+
+    def adopt(self, other: Wholes) -> None:
+        """Begin with what was found in another instance of the same class, wherever the modules have equal shapes."""
+        self.refused = {**other.refused, **self.refused}
+        theirs = {**other.found, **{module: whole for module, (whole, _) in other._aside.items()}}
+        model = other._root()
+        own = dict(self._model.named_modules())
+        for path, module in model.named_modules() if model is not None and theirs else ():
+            mine = own.get(path)
+            if module not in theirs or mine is None or mine in self.found or mine in self._aside:
+                continue
+            if type(mine) is type(module) and _shapes(mine) == _shapes(module):
+                whole = theirs[module]
+                original = self._observed[mine] if mine in self._observed else mine.__dict__.get("forward")
+                self.found[mine] = _registered(mine, original, whole.like, whole.flops, whole.numel)
+        if other._given_up and not self._given_up:
+            self.give_up()
+
+    @property
+    def replaces_any(self) -> bool:
+        """Whether any module's `forward` is replaced while the compiled model is called."""
+        return bool(self.found or self._aside)
 
     # -- the calls that look -------------------------------------------------------------------------------------------
 
@@ -175,7 +203,7 @@ class Wholes:
         self._restore(self._observed)
         self._observed.clear()
         self._nests.clear()
-        self._aside = {module: (whole.original, _aside(whole)) for module, whole in self.found.items()}
+        self._aside = {module: (whole, _aside(whole)) for module, whole in self.found.items()}
         self.found.clear()
 
     # -- the compiled calls --------------------------------------------------------------------------------------------
@@ -205,7 +233,9 @@ class Wholes:
 
     def _stand_ins(self) -> dict[nn.Module, tuple[Callable[..., Any] | None, Callable[..., Any]]]:
         """For each module its own `forward`, if the instance has one, and what takes its place."""
-        return self._aside or {module: (whole.original, whole.forward) for module, whole in self.found.items()}
+        if self._aside:
+            return {module: (whole.original, forward) for module, (whole, forward) in self._aside.items()}
+        return {module: (whole.original, whole.forward) for module, whole in self.found.items()}
 
     # -- details -------------------------------------------------------------------------------------------------------
 
@@ -419,6 +449,10 @@ def _storage(value: Tensor) -> StorageWeakRef:
 
 def _looks(like: Tensor, output: Tensor) -> bool:
     return (like.shape, like.dtype, like.device) == (output.shape, output.dtype, output.device)
+
+
+def _shapes(module: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(value.shape, value.dtype) for value in (*module.parameters(), *module.buffers())]
 
 
 def _attributes(module: nn.Module) -> dict[tuple[int, str], int]:
