@@ -1,7 +1,7 @@
 """Every policy on the trained digits models, over a range of settings: fidelity, quality, time and memory over compute.
 
     python -m benchmarks.policies [--models dit flow] [--policies NAME ...] [--steps 50] [--samples 100]
-        [--lowering inductor|eager] [--out FILE] [--smoke]
+        [--lowering inductor|eager] [--out FILE [--resume]] [--smoke]
 
 Every row has the seeds and labels of the uncached samples it is compared with. What a policy measures before (a
 profile, or the first generation that a run-time policy fits something to) comes from other seeds. No setting is chosen
@@ -24,9 +24,11 @@ PSNR is no verdict.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -290,8 +292,10 @@ def measure_model(
     samples: int,
     lowering: str,
     keep: Callable[[Figures], object] = lambda found: None,
+    known: Sequence[Figures] = (),
 ) -> Figures:
-    """All rows of one model, and what was refused with its reason; `keep` gets what is known after every row."""
+    """All rows of one model, and what was refused with its reason; `keep` gets what is known after every row, and rows
+    that are `known` are not measured again."""
     bench = Bench(name, steps=steps, samples=samples, lowering=lowering)
     found: Figures = {
         "model": name,
@@ -307,8 +311,9 @@ def measure_model(
     for setting in settings_of(name, steps):
         if methods and setting.method not in methods:
             continue
+        old = [row for row in known if (row["method"], row["setting"]) == (setting.method, setting.label)]
         try:
-            row = bench.measure(setting)
+            row = old[0] if old else bench.measure(setting)
         except ConfigError as error:
             found["refused"].append({"method": setting.method, "setting": setting.label, "reason": str(error)})
             print(f"{setting.method}, {setting.label}: refused: {error}", flush=True)
@@ -323,6 +328,16 @@ def measure_model(
     return found
 
 
+def rows_of(path: str, *, name: str, steps: int, samples: int, lowering: str) -> list[Figures]:
+    """The rows of a model in a file that an earlier run left, if it was measured under the same conditions."""
+    if not path or not Path(path).exists():
+        return []
+    wanted = (name, steps, samples, lowering)
+    figures = json.loads(Path(path).read_text(encoding="utf-8"))["figures"]
+    same = [f for f in figures if (f["model"], f["steps"], f["samples"], f["lowering"]) == wanted]
+    return [row for found in same for row in found["rows"]]
+
+
 def main(arguments: list[str] | None = None) -> list[Figures]:
     """Measure all tables, print them, and write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,6 +347,7 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
     parser.add_argument("--samples", type=int, default=100, help=f"at most {BATCH}, or a multiple of it")
     parser.add_argument("--lowering", choices=["inductor", "eager"], default="inductor")
     parser.add_argument("--out", default="", help="a JSON file to write")
+    parser.add_argument("--resume", action="store_true", help="take the rows that FILE has, under the same conditions")
     parser.add_argument("--smoke", action="store_true", help="8 samples, 8 steps, three policies, eager: seconds")
     args = parser.parse_args(arguments)
     if args.smoke:
@@ -351,7 +367,8 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
     with torch._dynamo.config.patch(recompile_limit=64):
         for name in args.models:
             given = {"steps": args.steps, "samples": args.samples, "lowering": args.lowering}
-            figures.append(measure_model(name, methods=args.policies, keep=keep, **given))
+            known = rows_of(args.out, name=name, **given) if args.resume else []
+            figures.append(measure_model(name, methods=args.policies, keep=keep, known=known, **given))
     if args.out:
         save(args.out, figures)
     for found in figures:

@@ -18,7 +18,6 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
-from torch.utils._pytree import tree_leaves
 
 from omnifx.backends.eager import EagerLowering
 from omnifx.boundary import CAPTURE, MOST_LEFT, codes_around
@@ -47,7 +46,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> MatchReport:
 
     Returns: A report that prints as a table, and is written as a page by `MatchReport.save_html`.
     Raises: MatchError if no branch can be reused; it says what was seen instead.
-    Memory: none for a model on the meta device.
+    Memory: hardly any for a model on the meta device.
     """
     model = getattr(model, "_orig_mod", model)
     taken = _take(model, args, kwargs)
@@ -87,28 +86,25 @@ class _Taken:
 
 
 def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Taken:
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
-    if not on_meta:
+    """What is captured; of a model on the meta device in the shape of hollow tensors on the CPU, where attention is one
+    operator, as it is when the model runs, and what asks for values finds some."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
         return _capture_as_run(model, args, kwargs, computes=True)
-    try:
-        return _capture_as_run(model, args, kwargs, computes=False)
-    except Exception:  # noqa: BLE001 - whatever the model wanted of its values, the meta device has none
-        torch._dynamo.reset()
-        taken = _capture_as_run(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
-    said = "the model asks for values of its tensors, which the meta device has not: they were taken as zero"
-    taken.notes = (*taken.notes, said)
+    taken = _capture_as_run(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
+    if taken.broken or taken.wholes is not None:
+        said = "the model asks for values of its tensors, which the meta device has not: they were taken as zero"
+        taken.notes = (*taken.notes, said)
     return taken
 
 
 def _capture_as_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, computes: bool) -> _Taken:
     """Capture a call as `omnifx.boundary` would have it: of a broken model keep modules whole, and capture sizes that
     depend on values where that makes it one graph."""
-    on_meta, failure = any(parameter.is_meta for parameter in model.parameters()), None
-    in_parts = _Taken()
+    in_parts, failure = _Taken(), None
     try:
         _capture_call(in_parts, model, args, kwargs, computes=computes)
     except Exception as error:
-        if on_meta or not in_parts.breaks:
+        if not in_parts.breaks:
             raise
         failure = error  # perhaps of what Dynamo makes of the pieces, which are not captured where it is kept whole
     if not in_parts.broken:
@@ -190,8 +186,7 @@ def _capture_call(
 
         return entered
 
-    # Inductor's constant folding replaces whatever a graph returns on the meta device by an empty tensor, and would
-    # compute with hollow ones: nothing of the graph would be left.
+    # Inductor's constant folding would compute with hollow tensors: nothing of the graph would be left.
     with (
         torch.no_grad(),
         inductor_config.patch(joint_graph_constant_folding=computes),
@@ -230,21 +225,16 @@ def _blank(graph: fx.GraphModule) -> Callable[..., Any]:
 
     def blank(*inputs: Any) -> list[Any]:
         computed = dict(zip(easy, sizes.forward(*inputs), strict=True))
-        blanks = [_made(value) if isinstance(value, Tensor) else value for value in values]
+        blanks = [hollow_like(value) if isinstance(value, Tensor) else value for value in values]
         return [computed.get(i, value) for i, value in enumerate(blanks)]
 
     return blank
 
 
 def _hollowly(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call in which nothing large is computed, be it of hollow tensors or of those on the meta device."""
-    on_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
-    with contextlib.nullcontext() if on_meta else Hollowing():  # type: ignore[no-untyped-call]
+    """A call in which nothing large is computed."""
+    with Hollowing():  # type: ignore[no-untyped-call]
         return run(*args, **kwargs)
-
-
-def _made(value: Tensor) -> Tensor:
-    return torch.empty_like(value, device="meta") if value.device.type == "meta" else hollow_like(value)
 
 
 def _path_now(path: str, known: dict[int, str], now: dict[int, str]) -> str:
