@@ -9,7 +9,8 @@ graphs          compiled by Dynamo after all resolutions; all but the first are 
 compile s       seconds by which the first generation at each resolution exceeds the second one, added up; what the
                 very first is compared with is plain's second, as omnifx runs it in full, and measures
 plan kept       resolutions, of those after the first, whose generations followed the plan measured at the first
-over plain      seconds of the second generation, over plain's with the same ``dynamic``: geometric mean, and range
+over plain      seconds of the second generation, over plain's with the same ``dynamic``, at all resolutions but the
+                first, where it is the one that compiles the reuse variant: geometric mean, and range
 difference      largest relative difference of the second generation's latents from plain's
 
 The exit status is 1 if omnifx compiles more graphs than plain, or a plan was not kept.
@@ -135,7 +136,7 @@ def compared(name: str, plain: dict[str, Any], fast: dict[str, Any]) -> dict[str
         "seconds": fast["second_seconds"],
         "plain_seconds": plain["second_seconds"],
         "over_plain": ratios,
-        "over_plain_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)),
+        "over_plain_mean": math.exp(sum(map(math.log, ratios[1:])) / len(ratios[1:])),
         "difference": max(
             float((a - b).norm() / b.norm()) for a, b in zip(fast["latents"], plain["latents"], strict=True)
         ),
@@ -178,12 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """A comparison as printed."""
+    later = row["over_plain"][1:]
     return {
         "dynamic": row["dynamic"],
         "graphs": f"{row['graphs']}, plain {row['plain_graphs']}",
         "compile s": f"{row['compile_seconds']:.0f}, plain {row['plain_compile_seconds']:.0f}",
         "plan kept": f"{sum(row['kept'])} of {len(row['kept'])}",
-        "over plain": f"{row['over_plain_mean']:.2f} ({min(row['over_plain']):.2f} to {max(row['over_plain']):.2f})",
+        "over plain": f"{row['over_plain_mean']:.2f} ({min(later):.2f} to {max(later):.2f})",
         "difference": row["difference"],
     }
 

@@ -77,6 +77,8 @@ class _Taken:
     codes: dict[int, CodeType] = field(default_factory=dict)
     """What Dynamo compiled, by identity."""
     wholes: Wholes | None = None
+    model: nn.Module | None = None
+    """What was captured, where nobody else holds it: `wholes` refers to it weakly."""
     avoided: tuple[GraphBreak, ...] = ()
 
     @property
@@ -90,7 +92,9 @@ def _take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _T
     operator, as it is when the model runs, and what asks for values finds some."""
     if not any(parameter.is_meta for parameter in model.parameters()):
         return _capture_as_run(model, args, kwargs, computes=True)
-    taken = _capture_as_run(hollow_model(model), *hollow_arguments((args, kwargs)), computes=False)
+    hollow = hollow_model(model)
+    taken = _capture_as_run(hollow, *hollow_arguments((args, kwargs)), computes=False)
+    taken.model = hollow
     if taken.broken or taken.wholes is not None:
         said = "the model asks for values of its tensors, which the meta device has not: they were taken as zero"
         taken.notes = (*taken.notes, said)
