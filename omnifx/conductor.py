@@ -19,7 +19,7 @@ from torch import Tensor
 from omnifx.changes import ChangeMeter, Changes
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
-from omnifx.plan import COMPUTE, Correction, Plan, Row, is_stored, reuses
+from omnifx.plan import COMPUTE, Combination, Correction, Plan, Row, is_stored, reuses
 from omnifx.policy import Policy
 from omnifx.prior import Prior, PriorSums
 from omnifx.profile import BranchMeta, Profile
@@ -147,6 +147,24 @@ class Call:
         return self.plan.steps[self.stream.step].trend if self.plan is not None else 0.0
 
     @property
+    def combination(self) -> Combination | None:
+        """What the output of the step is, unless it runs in full instead; None: what its graph gives."""
+        if self.plan is None or not reuses(self.row):
+            return None
+        return self.plan.steps[self.stream.step].combination
+
+    @property
+    def full_before(self) -> tuple[int, ...]:
+        """The full steps that a planned combination reads, newest first."""
+        return self.entry.full_before[self.stream.step] if self.entry is not None else ()
+
+    @property
+    def leaves_alone(self) -> bool:
+        """Whether a full step that the plan did not ask for must leave what is stored as it is: the weights of
+        combinations are for the values of planned steps."""
+        return self.plan is not None and bool(self.plan.combinations) and reuses(self.plan.row_of(self.stream.step))
+
+    @property
     def prior(self) -> Prior | None:
         """The prior of the profile that the step was planned from."""
         return self.entry.profile.prior if self.entry is not None else None
@@ -154,10 +172,10 @@ class Call:
     def stored_in(self, part: Part) -> tuple[bool, ...]:
         """For each branch of a part, whether its values of this step are stored.
 
-        Where a plan predicts, exactly those that it counts on: a full step that it did not ask for leaves the others
-        alone, or the planned weights would be those of other steps.
+        Where a plan predicts or combines, exactly those that it counts on: a full step that it did not ask for leaves
+        the others alone, or the planned weights would be those of other steps.
         """
-        if self.plan is None or not self.stream.terms:
+        if self.plan is None or not (self.stream.terms or self.plan.combinations):
             return (True,) * len(part.program.names)
         if self.plan.branches[part.start : part.start + len(part.names)] != part.names:
             return (True,) * len(part.names)  # other graphs than those that were planned for: nothing is reused
@@ -367,8 +385,21 @@ class Conductor:
         return all(part.program.filters for part in self.parts)
 
     def can_follow(self, plan: Plan) -> bool:
-        """Whether the plan's corrections are possible here."""
+        """Whether the plan's corrections and combinations are possible here."""
+        if any(map(self.combination_problem, plan.combinations)):
+            return False
         return self.filters or not any(map(_is_filtered, (step.correction for step in plan.steps)))
+
+    def combination_problem(self, combination: Combination) -> str:
+        """Why an output cannot be this combination here; empty if it can."""
+        if self.broken:
+            return "outputs can be combined in a model that is one graph only"
+        found = self.parts[0].program.combines
+        if found.reason:
+            return f"outputs cannot be combined here: {found.reason}"
+        if any(combination.latents) and found.latents_reason:
+            return f"latents cannot be combined with outputs here: {found.latents_reason}"
+        return ""
 
     def timeline_of(self, profile: Profile) -> Timeline:
         """When the steps of a measured generation come, in terms of this capture's inputs.
@@ -491,6 +522,9 @@ class Conductor:
                 return "ranges of blocks can be reused in a model that is one graph only"
             if problem := self.parts[0].program.span_problem(name):
                 return f"{name} cannot be reused here: {problem}"
+        combination = stream.entries[0].plan.steps[stream.step].combination
+        if combination is not None and (problem := self.combination_problem(combination)):
+            return problem
         self._sealed = True
         return ""
 
@@ -724,12 +758,13 @@ class Conductor:
 
 
 def _numbers(entry: Entry, step: int) -> tuple[Any, ...]:
-    """All that a plan says of a step, with the spans and tokens of its row and the prior whose trends it follows
-    there."""
+    """All that a plan says of a step, with the spans and tokens of its row, the prior whose trends it follows there,
+    and the steps whose values it combines."""
     plan, planned = entry.plan, entry.plan.steps[step]
     prior = entry.profile.prior if planned.trend else None
     tokens = (plan.selection, plan.tokens) if reuses(plan.row_of(step)) else None
-    return plan.row_of(step), plan.spans, planned.model_copy(update={"variant": 0}), prior, tokens
+    combined = (entry.full_before[step], entry.stored_before[step]) if planned.combination is not None else None
+    return plan.row_of(step), plan.spans, planned.model_copy(update={"variant": 0}), prior, tokens, combined
 
 
 def _is_filtered(correction: Correction | None) -> bool:

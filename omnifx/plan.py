@@ -29,15 +29,18 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-_ACTION = r"compute|reuse|predict|partial:(0|[1-9][0-9]*)"
+_ACTION = r"compute|reuse|predict|skip|partial:(0|[1-9][0-9]*)"
 
 Action = Annotated[str, StringConstraints(pattern=rf"^({_ACTION})$")]
-"""What a step does with a branch: "compute", "reuse", "predict", or "partial:64": compute 64 tokens of each sample."""
+"""What a step does with a branch: "compute", "reuse", "predict", "skip", or "partial:64": compute 64 tokens of each
+sample."""
 COMPUTE: Action = "compute"
 REUSE: Action = "reuse"
 """Take the newest stored value of a branch's cuts."""
 PREDICT: Action = "predict"
 """Take a combination of the last stored values, with the weights of the step."""
+SKIP: Action = "skip"
+"""Compute nothing and read no cut: the step's `Combination` alone gives its output. A row skips all or nothing."""
 
 Row = tuple[Action, ...]
 """One action for each branch, in the order of the branches; its row of actions is a variant's name."""
@@ -71,6 +74,37 @@ class Correction(BaseModel):
     """Where low ends and high begins, as a share of the Nyquist frequency of each axis."""
 
 
+class Combination(BaseModel):
+    """The output of a step as a sum of what is known, with x_k the latents now::
+
+        reuse * r_k + noise * q + sum_j outputs[j] * o_j + sum_j latents[j] * (x_k - x_j)
+
+    o_j and x_j are the model's output and latents at the j-th last full step, newest first; r_k is what reusing all
+    branches gives, and q the noise that the last full step measured: what reusing the cuts stored before it would have
+    given there, minus its output. Gammas of corrections do not multiply it.
+
+    Extrapolation of the output, Adams-Bashforth and OmniCache's correction (arXiv:2508.16212) are special cases; the
+    general form is ours.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reuse: FiniteFloat = 0.0
+    noise: FiniteFloat = 0.0
+    outputs: tuple[FiniteFloat, ...] = ()
+    latents: tuple[FiniteFloat, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many full steps back it reads outputs or latents."""
+        return max(len(self.outputs), len(self.latents))
+
+    def vector(self, history: int) -> tuple[float, ...]:
+        """All weights in the order of `omnifx.passes.combine_output`, for graphs that read `history` full steps."""
+        pad = (0.0,) * history
+        return (self.reuse, self.noise, *(*self.outputs, *pad)[:history], *(*self.latents, *pad)[:history])
+
+
 class PlanStep(BaseModel):
     """One step of a plan: the number of its variant, and its correction if the variant reuses anything."""
 
@@ -88,6 +122,8 @@ class PlanStep(BaseModel):
     merges: tuple[str, ...] = ()
     """Branches whose cuts become, behind this step, the mean of both halves of the batch, where these have the same
     latents (a conditional and an unconditional half)."""
+    combination: Combination | None = None
+    """What the output of a step that reuses or skips all branches is; None: what its graph gives."""
 
 
 class PlanSpan(BaseModel):
@@ -145,6 +181,8 @@ class Plan(BaseModel):
     """How the tokens of partial branches are chosen."""
     tokens: tuple[int, ...] = ()
     """Tokens of each branch at the size it was made for, if it has a selection; 0 if they cannot be computed alone."""
+    history: int = Field(default=0, ge=0)
+    """Full steps whose outputs and latents a stream keeps for combinations; 0 for none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -176,6 +214,7 @@ class Plan(BaseModel):
             raise ValueError("step 0 reuses a branch, but nothing was computed before it")
         self._check_tokens()
         self._check_predictions()
+        self._check_combinations()
         return self
 
     def _check_tokens(self) -> None:
@@ -210,6 +249,31 @@ class Plan(BaseModel):
                         f"{len(stored[k][i])} before it"
                     )
 
+    def _check_combinations(self) -> None:
+        if bad := [i for i, row in enumerate(self.variants) if SKIP in row and set(row) != {SKIP}]:
+            raise ValueError(f"variants {bad} skip some columns and not others; a step is skipped as a whole")
+        num_full = 0
+        for k, (step, row) in enumerate(zip(self.steps, self.rows, strict=True)):
+            known, skips = step.combination, SKIP in row
+            num_full += not reuses(row)
+            if skips and (known is None or known.reuse or not known.outputs):
+                raise ValueError(f"step {k} is skipped, so it needs a combination of old outputs, without reuse")
+            if known is None:
+                continue
+            if set(row) not in ({REUSE}, {SKIP}) or self.spans:
+                raise ValueError(f"step {k} combines outputs, so it must reuse or skip all branches, without spans")
+            if step.correction is not None:
+                raise ValueError(f"step {k} has a correction and a combination; the combination's noise is one, too")
+            if known.depth > self.history:
+                raise ValueError(f"step {k} combines {known.depth} outputs, but the plan's history is {self.history}")
+            if known.depth > num_full:
+                raise ValueError(f"step {k} combines {known.depth} outputs, but {num_full} full steps are before it")
+            if known.noise and num_full < 2:
+                raise ValueError(
+                    f"step {k} combines noise, which is measured from the second full step on, but {num_full} are "
+                    "before it"
+                )
+
     @property
     def rows(self) -> tuple[Row, ...]:
         """The row of actions of each step."""
@@ -231,11 +295,33 @@ class Plan(BaseModel):
             )
         return tuple(found)
 
+    def full_before(self) -> tuple[tuple[int, ...], ...]:
+        """For each step, the full steps before it: newest first, at most `history`, but at least the last one."""
+        full: tuple[int, ...] = ()
+        found = []
+        for k, row in enumerate(self.rows):
+            found.append(full)
+            full = full if reuses(row) else (k, *full)[: max(1, self.history)]
+        return tuple(found)
+
     @property
     def readings(self) -> tuple[tuple[Row, bool], ...]:
-        """The distinct rows that read caches, each with whether it stores what it predicts."""
+        """The distinct rows that read caches and combine nothing, each with whether it stores what it predicts."""
         found = zip(self.rows, self.steps, strict=True)
-        return tuple(dict.fromkeys((row, step.stores) for row, step in found if reuses(row)))
+        return tuple(
+            dict.fromkeys((row, step.stores) for row, step in found if reuses(row) and step.combination is None)
+        )
+
+    @property
+    def combined_rows(self) -> tuple[Row, ...]:
+        """The distinct rows whose outputs are combined."""
+        found = zip(self.rows, self.steps, strict=True)
+        return tuple(dict.fromkeys(row for row, step in found if step.combination is not None))
+
+    @property
+    def combinations(self) -> tuple[Combination, ...]:
+        """The combinations of all steps that have one."""
+        return tuple(step.combination for step in self.steps if step.combination is not None)
 
     @property
     def speedup(self) -> float:
@@ -248,23 +334,34 @@ class Plan(BaseModel):
         return sum(map(reuses, self.rows))
 
     @property
-    def reads_noise(self) -> bool:
-        """Whether any step corrects its output, so that full steps must measure the noise."""
+    def corrects(self) -> bool:
+        """Whether any step corrects its output."""
         return any(step.correction is not None for step in self.steps)
+
+    @property
+    def combines_noise(self) -> bool:
+        """Whether any step combines its output with the noise."""
+        return any(known.noise for known in self.combinations)
+
+    @property
+    def reads_noise(self) -> bool:
+        """Whether any step needs the noise, so that full steps must measure it."""
+        return self.corrects or self.combines_noise
 
     @property
     def kept(self) -> tuple[str, ...]:
         """The branches and spans whose cuts are kept from step to step: those that some row reuses or predicts by
         themselves.
 
-        All branches if steps are corrected, since the noise of reusing is measured with all cuts.
+        All branches if any step needs the noise of reusing, which is measured with all cuts.
         """
         found = set(self.branches) if self.reads_noise else set()
         for row in self.variants:
             spans = [s for s, action in zip(self.spans, row[len(self.branches) :], strict=True) if action == REUSE]
             inside = {name for span in spans for name in span.branches}
-            names = [n for n, action in zip(self.branches, row, strict=False) if action != COMPUTE and n not in inside]
-            found.update(names, (span.name for span in spans))
+            found.update(span.name for span in spans)
+            columns = zip(self.branches, row, strict=False)
+            found.update(n for n, action in columns if action not in (COMPUTE, SKIP) and n not in inside)
         return tuple(name for name in (*self.branches, *self.span_names) if name in found)
 
     @property
@@ -314,16 +411,19 @@ class Plan(BaseModel):
         spans: Sequence[str] = (),
         merges: Mapping[int, tuple[str, ...]] | None = None,
         selection: Selection | None = None,
+        combinations: Sequence[Combination | None] | None = None,
+        history: int = 0,
     ) -> Self:
         """A plan from one row per step; equal rows share a variant.
 
-        `merges` holds the branches that a step merges, by its number.
+        `merges` holds the branches that a step merges, by its number. `combinations` holds one for each step, or None;
+        they read outputs and latents of the last `history` full steps.
 
         A row has an action for each of the profile's branches, then one for each of `spans`; what is inside of a reused
         span becomes reused.
 
         Raises: PlanError if a row does not fit the profile's branches, step 0 reuses anything, or a step predicts from
-            more values than are stored; ConfigError if a span cannot be reused.
+            or combines more values than are stored; ConfigError if a span cannot be reused.
         """
         meta = profile.meta
         ranges = tuple(
@@ -342,6 +442,7 @@ class Plan(BaseModel):
                 stores=stores[k] if stores is not None else False,
                 trend=trends[k] if trends is not None else 0.0,
                 merges=(merges or {}).get(k, ()),
+                combination=combinations[k] if combinations is not None else None,
             )
             steps.append(step)
         try:
@@ -361,6 +462,7 @@ class Plan(BaseModel):
                 notes=tuple(notes),
                 selection=selection,
                 tokens=tuple(branch.tokens or 0 for branch in meta.branches) if selection is not None else (),
+                history=history,
             )
         except ValidationError as error:
             raise PlanError(f"Plan: {_first_problem(error)}. Mend the policy that made these rows.") from error
@@ -387,11 +489,13 @@ class Plan(BaseModel):
 
     def timeline(self) -> str:
         """The plan in two lines of text: F a full step, r a reuse, p a prediction, t a row that computes some tokens, m
-        a row that computes some branches and not others, c a corrected reuse, C a corrected prediction."""
+        a row that computes some branches and not others, c a corrected reuse, C a corrected prediction, a a reuse whose
+        output is combined with older ones, s a step that is skipped."""
         letters = []
         for step, row in zip(self.steps, self.rows, strict=True):
             letter = "F" if not reuses(row) else ("m" if COMPUTE in row else ("p" if PREDICT in row else "r"))
             letter = "t" if any(map(partial_tokens, row)) else letter
+            letter = ("s" if SKIP in row else "a") if step.combination is not None else letter
             letters.append({"r": "c", "p": "C"}.get(letter, letter) if step.correction is not None else letter)
         head = (
             f"{self.policy}: {len(self.steps)} steps, {self.num_reuse_steps} reuse, "
@@ -404,7 +508,7 @@ class Plan(BaseModel):
 
 
 def reuses(row: Row) -> bool:
-    """Whether a row takes anything from a cache: anything is reused or predicted, or computed in part."""
+    """Whether a row takes anything from a cache: anything is reused, predicted or skipped, or computed in part."""
     return any(action != COMPUTE for action in row)
 
 

@@ -58,6 +58,12 @@ class Policy(ABC):
         return ""
 
     @property
+    def history(self) -> int:
+        """Full steps whose outputs and latents its plans combine (`Plan.history`), so that their variants are compiled
+        before the first plan exists; 0 if they combine none."""
+        return 0
+
+    @property
     def prior(self) -> PriorSpec | None:
         """The prior that it needs beside a profile, if any."""
         return None

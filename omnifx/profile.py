@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.errors import ConfigError, ProfileError
-from omnifx.plan import COMPUTE, REUSE, Action, Row, partial_tokens
+from omnifx.plan import COMPUTE, REUSE, SKIP, Action, Row, partial_tokens
 from omnifx.prior import Prior, prior_path
 
 FORMAT = 1
@@ -168,6 +168,8 @@ class ProfileMeta(BaseModel):
 
         The row's last actions are those of `spans`; a reused one counts for all that is inside of it.
         """
+        if SKIP in row:  # nothing of the network is left
+            return 0.0
         reused = {
             name: self.span(name)
             for name, action in zip(spans, row[len(self.branches) :], strict=True)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import sympy
@@ -33,6 +34,7 @@ from omnifx.graph import (
 )
 from omnifx.grid import Grid
 from omnifx.passes.bind_sizes import BindSizes
+from omnifx.passes.combine_output import Combinable, combinable
 from omnifx.passes.find_branches import FindBranches
 from omnifx.passes.measure_noise import noisy_outputs
 from omnifx.passes.pipeline import VariantSpec, pipeline
@@ -169,6 +171,36 @@ class Program:
             self._bytes[sizes, kept, terms] = sum(sizes.num_bytes(self.cut_values[cut]) for cut in cuts)
         return self._bytes[sizes, kept, terms]
 
+    @cached_property
+    def combines(self) -> Combinable:
+        """Whether the output can be a combination of older ones, and whether moves of the latents can be added."""
+        found = combinable(self.gm, self.names)
+        if not found.reason and not self.sizes.tell(self._output_value(found.output)):
+            return Combinable(reason="the size of the output depends on values")
+        return found
+
+    @property
+    def history_values(self) -> tuple[Tensor, ...]:
+        """Fake values of what is kept of a full step for combinations: its output, and its latents if they can be
+        added; nothing if outputs cannot be combined."""
+        found, latents = self.combines, self.analysis.inputs.latents
+        if found.reason or latents is None:
+            return ()
+        output = self._output_value(found.output)
+        return (output,) if found.latents_reason else (output, self.inputs[latents])
+
+    def _output_value(self, position: int) -> Tensor:
+        value: Tensor = output_of(self.gm).args[0][position].meta["val"]  # type: ignore[index,union-attr]
+        return value
+
+    def history_bytes_at(self, sizes: Sizes, *, history: int, noise: bool) -> int:
+        """Bytes of the outputs and latents of `history` full steps, and of the noise, as one stream keeps them for
+        combinations; 0 if nothing can be combined."""
+        if not history and not noise:
+            return 0
+        found = [sizes.num_bytes(value) for value in self.history_values]
+        return history * sum(found) + noise * sum(found[:1])
+
     @property
     def cut_keys(self) -> dict[str, str]:
         """What a prior calls each cut, by node name."""
@@ -274,6 +306,8 @@ class Program:
         stores: bool = False,
         trend: Literal["", "scale", "shift"] = "",
         selection: Selection | None = None,
+        combines: int | None = None,
+        combines_noise: bool = False,
     ) -> VariantSpec:
         """Do `row`; what it computes is returned for later steps, if they may want it. `refusal_of` must be empty for
         it.
@@ -289,10 +323,13 @@ class Program:
             stores: Whether predicted values are returned as well.
             trend: How predicted values follow the trends of a prior; empty if they do not.
             selection: How tokens are chosen here or in later steps.
+            combines: Full steps whose outputs and latents its output is combined of; None: the output is what the graph
+                gives. `Program.combines` must have no reason against it.
+            combines_noise: Whether the noise is a term.
         """
         if PREDICT not in row:
             terms, stores, trend = 0, False, ""
-        key = (row, corrects, kept, spans, terms, stores, trend, selection)
+        key = (row, corrects, kept, spans, terms, stores, trend, selection, combines, combines_noise)
         if (known := self._specs.get(key)) is not None:
             return known
         found = self.spans_in(spans)
@@ -319,6 +356,8 @@ class Program:
             trend=trend or None,
             spans=found,
             selection=selection if tells else None,
+            combines=combines,
+            combines_noise=combines_noise and combines is not None,
         )
         self._specs[key] = spec
         return spec

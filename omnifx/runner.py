@@ -16,15 +16,16 @@ from torch import Tensor
 
 from omnifx.boundary import Underway
 from omnifx.clock import Reader
-from omnifx.conditions import Table
+from omnifx.conditions import Table, laid_out
 from omnifx.conductor import Call, Conductor, Part
 from omnifx.grid import low_pass
 from omnifx.passes.pipeline import VariantSpec
-from omnifx.plan import COMPUTE, PREDICT, Plan, Row, is_partial, reuses
+from omnifx.plan import COMPUTE, PREDICT, REUSE, SKIP, Combination, Plan, Row, is_partial, reuses
 from omnifx.policy import Policy
 from omnifx.program import Program, Variant
 from omnifx.runlog import Log, StepLog
 from omnifx.sizes import Sizes
+from omnifx.store import FullStep
 from omnifx.streams import Stream, kept_by
 from omnifx.tokens import Selection
 
@@ -66,6 +67,10 @@ class Job:
     """Branches of this part whose cuts later steps may want; None: all."""
     spans: tuple[str, ...] = ()
     """Ranges of blocks whose actions end the row, if it reuses anything."""
+    history: tuple[FullStep, ...] = ()
+    """The last full steps, newest first, where the plan combines outputs."""
+    replayed: bool = False
+    """Whether the noise that this full step measured is that of the cuts which the plan counts on."""
     computed: int = 0
     """FLOPs beside those of the variant."""
 
@@ -145,12 +150,19 @@ class Runner:
                 "trend": policy.trend,
                 "selection": policy.selection,
             }
-            return [full, *(program.reusing(row, corrects=policy.uses_noise, **traits) for row in rows)]
+            combined = [row for row in rows if policy.history and set(row) <= {REUSE, SKIP}]
+            single = [row for row in rows if row not in combined]
+            return [
+                full,
+                *(program.reusing(row, corrects=policy.uses_noise, **traits) for row in single),
+                *self._combining(combined, policy.history, noise=policy.uses_noise),
+            ]
         kept = kept_by(conductor.entries)
         specs: list[VariantSpec] = []
         for plan in [entry.plan for entry in conductor.entries]:
             specs.append(program.full(measures=False, kept=kept, selection=plan.selection))
-            specs += self._specs_of(plan, plan.readings, corrects=plan.reads_noise, kept=kept)
+            specs += self._specs_of(plan, plan.readings, corrects=plan.corrects, kept=kept)
+            specs += self._combining_specs(plan)
         return list(dict.fromkeys(specs))
 
     def _specs_of(
@@ -167,6 +179,21 @@ class Runner:
             if reuses(row) and len(row) == width and not program.refusal_of(row, plan.tokens)
         ]
         return [program.reusing(row, corrects=corrects, kept=kept, **traits) for row, traits in possible]
+
+    def _combining_specs(self, plan: Plan) -> list[VariantSpec]:
+        """The variants of a plan's combinations, and what measures the noise that they read."""
+        specs = self._combining(plan.combined_rows, plan.history, noise=plan.combines_noise)
+        if specs and plan.combines_noise and (plan.terms or self.program.reuse_row not in plan.combined_rows):
+            specs.append(self._replay_spec(plan, corrects=plan.corrects))
+        return specs
+
+    def _combining(self, rows: Sequence[Row], history: int, *, noise: bool) -> list[VariantSpec]:
+        """The variants of rows whose outputs are combined; none if that is not possible here."""
+        program = self.program
+        if not rows or self.conductor is None or program.combines.reason:
+            return []
+        fitting = [row for row in rows if len(row) == len(program.names)]
+        return [program.reusing(row, corrects=False, combines=history, combines_noise=noise) for row in fitting]
 
     def _traits(self, plan: Plan, stores: bool) -> Traits:
         return {
@@ -226,7 +253,9 @@ class Runner:
                 reading,
                 args[latents] if latents is not None else None,
                 weights=part.watch.version,
-                num_bytes=lambda kept, terms: self.program.cache_bytes_at(sizes, kept, terms) + self._token_bytes(),
+                num_bytes=lambda kept, terms: (
+                    self.program.cache_bytes_at(sizes, kept, terms) + self._token_bytes() + self._history_bytes(sizes)
+                ),
             )
             return self._job(call, part, reading.small, sizes)
 
@@ -235,6 +264,12 @@ class Runner:
         entries = self.conductor.entries if self.conductor is not None else ()
         selections = {self.policy.selection, *(entry.plan.selection for entry in entries)}
         return max(map(self.program.token_bytes, selections))
+
+    def _history_bytes(self, sizes: Sizes) -> int:
+        """Bytes that a stream needs for combinations, under any known plan."""
+        plans = [entry.plan for entry in self.conductor.entries] if self.conductor is not None else []
+        needs = {(plan.history, plan.combines_noise) for plan in plans}
+        return max((self.program.history_bytes_at(sizes, history=h, noise=n) for h, n in needs), default=0)
 
     def _join(self, args: list[Any]) -> Job | None:
         """A call of one of the graphs of the step under way."""
@@ -266,6 +301,7 @@ class Runner:
         job.past = {c: cache.past[k] for c in job.cuts if (k := part.key(c)) in cache.past}
         job.noise = dict(cache.noise)
         job.tokens = dict(cache.tokens)
+        job.history = cache.history
         return job
 
     @property
@@ -284,8 +320,10 @@ class Runner:
         for cut in self.program.cuts_of(spec):
             if part.key(cut) not in cache.cuts:
                 return f"nothing is cached yet for {cut}"
-        if cache.weights.get(part.index) != job.weights:
+        if self.program.cuts_of(spec) and cache.weights.get(part.index) != job.weights:
             return "the weights changed since the caches were made"
+        if (combination := job.call.combination) and (reason := self._wrong_combination(job, combination)):
+            return reason
         if spec.predicts and (reason := self._wrong_history(job, job.row) or self._wrong_prior(job, spec)):
             return reason
         variant = self._compiled(spec)
@@ -314,6 +352,31 @@ class Runner:
                     )
         return ""
 
+    def _wrong_combination(self, job: Job, combination: Combination) -> str:
+        """Why what is kept is not what the weights of the planned combination are for; empty if it is."""
+        call, cache = job.call, job.call.stream.cache
+        planned, found = call.full_before, cache.history[: combination.depth]
+        if any(full.weights != job.weights for full in found):
+            return "the weights changed since the caches were made"
+        steps = tuple(full.step for full in found)
+        if steps != planned[: combination.depth]:
+            return (
+                f"outputs are kept of steps {list(steps)}, but the plan combines those of "
+                f"{list(planned[: combination.depth])}"
+            )
+        if combination.noise and cache.noise_of != (planned[0], job.weights):
+            return f"the plan combines the noise that step {planned[0]} measures, which is not known"
+        return self._wrong_cuts(job) if combination.reuse else ""
+
+    def _wrong_cuts(self, job: Job) -> str:
+        """Why the newest stored cuts are not of the planned steps; empty if they are."""
+        for branch, planned in zip(self.program.branches, job.call.stored_before(job.part), strict=True):
+            for cut in branch.cuts:
+                found = job.call.stream.cache.steps.get(job.part.key(cut), ())
+                if found[:1] != planned[:1]:
+                    return f"{cut} is stored of steps {list(found[:1])}, but the plan reuses that of {list(planned[:1])}"
+        return ""
+
     def _wrong_prior(self, job: Job, spec: VariantSpec) -> str:
         """Why the profile has no trends for the cuts of this step; empty if it has, or none is followed."""
         prior = job.call.prior
@@ -334,13 +397,16 @@ class Runner:
         return ""
 
     def _spec(self, job: Job) -> VariantSpec:
-        """What the job runs, if it reuses or predicts anything."""
+        """What the job runs, if it reuses, predicts or skips anything."""
         call, plan = job.call, job.call.plan
+        if plan is not None and call.combination is not None:
+            combines, noise = plan.history, plan.combines_noise
+            return self.program.reusing(job.row, corrects=False, combines=combines, combines_noise=noise)
         traits: Traits = {"spans": (), "terms": 0, "stores": False, "trend": "", "selection": None}
         if plan is not None:
             traits = self._traits(plan, call.stores)
         traits["spans"] = job.spans
-        return self.program.reusing(job.row, corrects=call.stream.reads_noise, kept=job.kept, **traits)
+        return self.program.reusing(job.row, corrects=call.stream.corrects, kept=job.kept, **traits)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -357,6 +423,7 @@ class Runner:
         outputs = self._apart(variant, job, outputs)
         self._store_outputs(variant, job, outputs[program.num_outputs :])
         noise = self._keep_noise(job, before, outputs)
+        self._keep_history(job, args, outputs)
         if computes and program.names:
             self._warm_up(job, args, outputs)
         if stream.meter is not None and not stream.homeless:
@@ -384,12 +451,14 @@ class Runner:
         program, stream = self.program, job.call.stream
         cached: dict[int, Tensor] = {}
         wanted = job.call.measures and not self._conductor.broken and not program.side_effects
+        wanted = wanted and not job.call.leaves_alone
         if wanted and program.noisy and all(cut in job.cuts for b in program.branches for cut in b.cuts):
-            variant = self._any_reuse(job.call.plan, stream.reads_noise)
+            variant = self._any_reuse(job.call.plan, stream.corrects)
             if job.sizes.allows(variant.guards):
                 predictor = job.call.predictor
                 if predictor and self._wrong_history(job, program.predict_row):
                     predictor = ()
+                job.replayed = self._replays_as_planned(job, predictor)
                 again = variant.run([*args, *self._uncorrected_inputs(variant, job, args, predictor)])
                 copies = not program.lowering.owns_outputs
                 cached = {i: again[i].clone() if copies else again[i] for i in program.noisy}
@@ -400,6 +469,13 @@ class Runner:
             for cut, terms in self._kept(job).items():
                 stream.cache.make_room(job.part.key(cut), terms)
         return cached
+
+    def _replays_as_planned(self, job: Job, predictor: tuple[float, ...]) -> bool:
+        """Whether a full step replays the cuts that its plan counts on, with the weights that computed them."""
+        call = job.call
+        if call.plan is None or predictor != call.predictor or self._wrong_cuts(job):
+            return False
+        return call.stream.cache.weights.get(job.part.index) == job.weights
 
     def _kept(self, job: Job) -> dict[str, int]:
         """The cuts whose values of this step are stored, if it makes them, and how many values of each are kept."""
@@ -421,11 +497,17 @@ class Runner:
         )
 
     def _any_reuse(self, plan: Plan | None, corrects: bool) -> Variant:
-        """The compiled variant that replays everything; with a correction to switch off, if only that one exists."""
+        """The compiled variant that replays everything; with a correction or a combination to switch off, if only such
+        a one exists."""
         program = self.program
         lean, correcting = (self._replay_spec(plan, corrects=c) for c in (False, True))
-        wanted, other = (correcting, lean) if corrects else (lean, correcting)
-        return self._compiled(other if wanted not in program.variants and other in program.variants else wanted)
+        wanted, *others = (correcting, lean) if corrects else (lean, correcting)
+        if plan is not None and plan.combinations and not plan.terms:
+            others += self._combining([program.reuse_row], plan.history, noise=plan.combines_noise)
+        elif plan is None and self.policy.history and not self.policy.terms:
+            others += self._combining([program.reuse_row], self.policy.history, noise=self.policy.uses_noise)
+        known = [spec for spec in (wanted, *others) if spec in program.variants]
+        return self._compiled(known[0] if known else wanted)
 
     def _compiled(self, spec: VariantSpec) -> Variant:
         if spec not in self.program.variants and self._conductor.following:
@@ -433,10 +515,19 @@ class Runner:
         return self.program.variant(spec)
 
     def _uncorrected_inputs(
-        self, variant: Variant, job: Job, args: list[Any], predictor: tuple[float, ...] = ()
+        self,
+        variant: Variant,
+        job: Job,
+        args: list[Any],
+        predictor: tuple[float, ...] = (),
+        *,
+        output: Tensor | None = None,
     ) -> list[Tensor]:
         """The job's cuts and conditions, the weights of a prediction (or those that repeat the newest values), and
-        zeros for all that a correction or the choice of tokens would read."""
+        zeros for all that a correction or the choice of tokens would read.
+
+        Of a combination only the graph's own output counts, or in a skipped step the newest one, which is `output`.
+        """
         conditions = self._conditions(variant, job, args)
         values = []
         for label, fake in zip(variant.extra_inputs, variant.extra_values, strict=True):
@@ -447,6 +538,11 @@ class Runner:
                 values.append(conditions[name])
             elif kind == "predictor":
                 values.append(self._predictor_tensor(predictor, fake))
+            elif kind == "combination":
+                alone = Combination(outputs=(1.0,)) if variant.spec.skips else Combination(reuse=1.0)
+                values.append(self._predictor_tensor(alone.vector(variant.spec.combines or 0), fake))
+            elif label == "past_output:0" and output is not None:
+                values.append(laid_out(output, job.sizes.strides(fake)))
             else:
                 values.append(zeros_like(fake, job.sizes))
         return values
@@ -472,6 +568,13 @@ class Runner:
                 values.append(torch.tensor(float(job.call.stream.age), device=fake.device))
             elif kind == "predictor":
                 values.append(self._predictor_tensor(job.call.predictor, fake))
+            elif kind == "combination":
+                combination = job.call.combination or Combination()
+                values.append(self._predictor_tensor(combination.vector(variant.spec.combines or 0), fake))
+            elif kind in ("past_output", "past_latents"):
+                full = job.history[int(name)] if int(name) < len(job.history) else None
+                held = full and (full.output if kind == "past_output" else full.latents)
+                values.append(zeros_like(fake, job.sizes) if held is None else held)
             elif kind == "trend":
                 values.append(self._trend(job, name, fake))
             elif kind == "trend_scale":
@@ -622,9 +725,26 @@ class Runner:
         with self._lock:
             if self._conductor.store.holds(stream.key):
                 stream.cache.noise.update(noise)
+                stream.cache.noise_of = (stream.step, job.weights) if job.replayed else None
         stream.has_noise = True
         main = self.program.main_output
         return noise.get(main) if main is not None else None
+
+    def _keep_history(self, job: Job, args: list[Any], outputs: Sequence[Any]) -> None:
+        """Copy a planned full step's output and latents for combinations: callers may overwrite both."""
+        call, stream, program = job.call, job.call.stream, self.program
+        if not stream.history or reuses(job.row) or call.plan is None or call.leaves_alone or self.conductor is None:
+            return
+        found, at = program.combines, program.analysis.inputs.latents
+        if found.reason or at is None:
+            return
+        strides = job.sizes.strides(program.history_values[0])
+        output = laid_out(outputs[found.output].detach(), strides, copies=True)
+        latents: Tensor = args[at].detach()
+        moved = None if found.latents_reason else latents.clone(memory_format=torch.contiguous_format)
+        with self._lock:
+            if self._conductor.store.holds(stream.key):
+                stream.cache.remember(FullStep(stream.step, job.weights, output, moved), most=stream.history)
 
     def _after(self, job: Job, variant: Variant, outputs: Sequence[Any], noise: Tensor | None) -> None:
         conductor, call, program = self._conductor, job.call, self.program
@@ -651,7 +771,8 @@ class Runner:
             return
         for plan in [entry.plan for entry in stream.entries]:
             readings = [(job.part.row_in(row), stores) for row, stores in plan.readings]
-            for spec in self._specs_of(plan, readings, corrects=stream.reads_noise, kept=job.kept):
+            specs = self._specs_of(plan, readings, corrects=stream.corrects, kept=job.kept)
+            for spec in [*specs, *self._combining_specs(plan)]:
                 self._compiled(spec)
         if program.side_effects:
             return
@@ -662,7 +783,8 @@ class Runner:
             if not all(cut in job.cuts for cut in program.cuts_of(variant.spec)):
                 continue  # not kept in this generation
             self._checked.add((variant.spec, job.sizes))
-            again = variant.run([*args, *self._uncorrected_inputs(variant, job, args)])
+            own = outputs[program.main_output] if program.main_output is not None else None
+            again = variant.run([*args, *self._uncorrected_inputs(variant, job, args, output=own)])
             for i in program.noisy:
                 true, got = outputs[i].float(), again[i].float()
                 error = float((got - true).norm() / true.norm().clamp_min(1e-30))

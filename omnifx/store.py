@@ -18,6 +18,19 @@ from torch import Tensor
 from omnifx.errors import CacheError
 
 
+@dataclass(frozen=True)
+class FullStep:
+    """What later steps combine of a step that computed everything."""
+
+    step: int
+    weights: tuple[int, int]
+    """Versions of the weights that computed it."""
+    output: Tensor
+    """The model's main output, as its caller saw it."""
+    latents: Tensor | None
+    """As they were then; None where they cannot be added to the output."""
+
+
 @dataclass
 class StreamCache:
     """What one stream keeps between its steps."""
@@ -30,6 +43,10 @@ class StreamCache:
     """By part and node name: the steps that the values come from, newest first, where a plan predicts."""
     noise: dict[int, Tensor] = field(default_factory=dict)
     """By output position: q of the last full step that measured it."""
+    noise_of: tuple[int, tuple[int, int]] | None = None
+    """The planned full step, with its versions of the weights, that measured the noise as plans combine it."""
+    history: tuple[FullStep, ...] = ()
+    """The last planned full steps, newest first, where a plan combines outputs."""
     tokens: dict[str, Tensor] = field(default_factory=dict)
     """By label: scores of tokens from the last step that computed their attention, and the age at which each was
     computed last (``stamp:``; zeros if absent)."""
@@ -47,6 +64,10 @@ class StreamCache:
         self.cuts[key] = value
         self.steps[key] = (step, *self.steps.get(key, ()))[: 1 + len(self.past.get(key, ()))]
 
+    def remember(self, full: FullStep, *, most: int) -> None:
+        """Keep a full step for combinations, and of older ones as many as make `most`."""
+        self.history = (full, *self.history)[:most]
+
     def forget(self, key: str) -> None:
         """Forget all values of one cut."""
         for values in (self.cuts, self.past, self.steps):
@@ -59,7 +80,8 @@ class StreamCache:
         return sum(storages.values())
 
     def _tensors(self) -> itertools.chain[Tensor]:
-        return itertools.chain(self.cuts.values(), *self.past.values(), self.noise.values(), self.tokens.values())
+        full = [value for step in self.history for value in (step.output, step.latents) if value is not None]
+        return itertools.chain(self.cuts.values(), *self.past.values(), self.noise.values(), self.tokens.values(), full)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -67,6 +89,7 @@ class StreamCache:
         self.past.clear()
         self.steps.clear()
         self.noise.clear()
+        self.noise_of, self.history = None, ()
         self.tokens.clear()
 
 

@@ -38,6 +38,11 @@ class Entry:
         """See `Plan.stored_before`."""
         return self.plan.stored_before()
 
+    @cached_property
+    def full_before(self) -> tuple[tuple[int, ...], ...]:
+        """See `Plan.full_before`."""
+        return self.plan.full_before()
+
     @property
     def size(self) -> tuple[int, ...]:
         """Shape of the latents it was measured on, without the batch."""
@@ -68,9 +73,19 @@ class Stream:
     kept: tuple[str, ...] | None = None  # branches whose cuts its steps return; None: all
 
     @property
-    def reads_noise(self) -> bool:
+    def corrects(self) -> bool:
         """Whether any plan that still fits corrects outputs."""
+        return any(entry.plan.corrects for entry in self.entries)
+
+    @property
+    def reads_noise(self) -> bool:
+        """Whether any plan that still fits corrects outputs, or combines them with the noise."""
         return any(entry.plan.reads_noise for entry in self.entries)
+
+    @property
+    def history(self) -> int:
+        """Full steps that it keeps for combinations; 0 if no plan that still fits combines older outputs."""
+        return max((entry.plan.history for entry in self.entries), default=0)
 
     @property
     def terms(self) -> int:

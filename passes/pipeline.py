@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from omnifx.graph import Pass
 from omnifx.grid import Grid
+from omnifx.passes.combine_output import CombineOutput
 from omnifx.passes.correct_noise import CorrectNoise
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.follow_trends import FollowTrends, Form
@@ -19,7 +20,7 @@ from omnifx.passes.read_spans import ReadSpans
 from omnifx.passes.score_tokens import ScoreTokens
 from omnifx.passes.write_cuts import WriteCuts
 from omnifx.passes.write_spans import WriteSpans
-from omnifx.plan import COMPUTE, PREDICT, REUSE, Action, Row, partial, partial_tokens
+from omnifx.plan import COMPUTE, PREDICT, REUSE, SKIP, Action, Row, partial, partial_tokens
 from omnifx.spans import Span
 from omnifx.tokens import Selection
 
@@ -46,6 +47,10 @@ class VariantSpec:
     """Ranges of blocks that are reused or written as one; their actions end the row."""
     selection: Selection | None = None
     """How tokens are chosen, in it or, by the scores it returns, in later steps."""
+    combines: int | None = None
+    """Full steps whose outputs and latents its output is combined of; None if it is not combined."""
+    combines_noise: bool = False
+    """Whether the measured noise is a term of the combination."""
 
     @property
     def reused(self) -> tuple[str, ...]:
@@ -66,7 +71,12 @@ class VariantSpec:
     @property
     def cached(self) -> tuple[str, ...]:
         """Branches of which nothing is computed."""
-        return self._branches_that(REUSE, PREDICT, partial(0))
+        return self._branches_that(REUSE, PREDICT, SKIP, partial(0))
+
+    @property
+    def skips(self) -> bool:
+        """Whether nothing of the network is left."""
+        return SKIP in self.row
 
     @property
     def partial(self) -> tuple[tuple[str, int], ...]:
@@ -96,8 +106,10 @@ class VariantSpec:
 
     @property
     def label(self) -> str:
-        """A short name for dumps and tables: full, reuse, predict, or the number of reused and predicted branches or of
-        tokens computed, with its extras."""
+        """A short name for dumps and tables: full, reuse, predict, skip, or the number of reused and predicted branches
+        or of tokens computed, with its extras."""
+        if self.skips:
+            return "skip"
         counts = {word: len(names) for word, names in (("reuse", self.reused), ("predict", self.predicts)) if names}
         alone = len(self.branches) in counts.values()
         words = [word if alone else f"{word}{count}" for word, count in counts.items()]
@@ -114,6 +126,7 @@ class VariantSpec:
                 ("correct", self.corrects),
                 ("store", self.stores),
                 ("trend", self.trend),
+                ("combine", self.combines is not None),
                 ("score", self.selection is not None and self.computed),
             )
             if on
@@ -129,6 +142,13 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
     if spec.corrects:
         changed = (*spec.cached, *(name for name, _ in spec.partial))
         passes.append(CorrectNoise(branches=changed, grids=grids))  # before ReadCuts: it asks what the cuts change
+    if spec.combines is not None:  # before ReadCuts, as CorrectNoise; a skipped step ends here, and all that is dead
+        combine = CombineOutput(
+            branches=spec.cached, history=spec.combines, noise=spec.combines_noise, reuse=not spec.skips
+        )
+        passes.append(combine)
+    if spec.skips:
+        return (*passes, Eliminate(freed=spec.cached))
     if spec.reads:
         passes.append(ReadCuts(branches=spec.reads))
     if spec.predicts:
