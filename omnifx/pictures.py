@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, PREDICT, Plan, partial_tokens, reuses
+from omnifx.plan import COMPUTE, PREDICT, SKIP, Plan, partial_tokens, reuses
 from omnifx.policies.omnicache import OmniCache
 from omnifx.profile import Profile
 
@@ -47,18 +47,22 @@ _LOOKS = {
     "predict": _Look("prediction from stored values", "#56B4E9", "v", "...."),
     "corrected": _Look("reuse, output corrected", "#009E73", "^", "\\\\\\\\"),
     "mixed": _Look("some branches reused", "#CC79A7", "D", "xxxx"),
+    "combined": _Look("reuse, combined with older outputs", "#D55E00", "P", "++++"),
+    "skip": _Look("skipped: older outputs combined", "#F0E442", "X", "----"),
 }
 
 
 def kinds_of_steps(plan: Plan) -> list[str]:
-    """What each step of a plan does: "full", "reuse", "predict", "corrected" (either with a correction) or "mixed"
-    (some branches or tokens are computed)."""
+    """What each step of a plan does: "full", "reuse", "predict", "corrected" (either with a correction), "mixed"
+    (some branches or tokens are computed), "combined" (a reuse with a combination) or "skip"."""
     kinds = []
     for step, row in zip(plan.steps, plan.rows, strict=True):
         if not reuses(row):
             kinds.append("full")
         elif COMPUTE in row or any(map(partial_tokens, row)):
             kinds.append("mixed")
+        elif step.combination is not None:
+            kinds.append("skip" if SKIP in row else "combined")
         elif step.correction is not None:
             kinds.append("corrected")
         else:

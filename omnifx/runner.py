@@ -151,7 +151,7 @@ class Runner:
                 "selection": policy.selection,
             }
             combined = [row for row in rows if policy.history and set(row) <= {REUSE, SKIP}]
-            single = [row for row in rows if row not in combined]
+            single = [row for row in rows if row not in combined and SKIP not in row]
             return [
                 full,
                 *(program.reusing(row, corrects=policy.uses_noise, **traits) for row in single),
@@ -292,6 +292,7 @@ class Runner:
             row = self.program.compute_row
         job = Job(call, part, row, call.reason, (call.weights, part.watch.version), small, sizes)
         job.kept, job.spans = part.kept_here(call.stream.kept), spans
+        job.noise, job.history = dict(cache.noise), cache.history  # before they are judged: they may be evicted
         if reuses(row) and (reason := self._refusal(job)):
             job.row, job.reason, job.spans = self.program.compute_row, reason, ()
             call.correction = None
@@ -299,9 +300,7 @@ class Runner:
         keys = {cut: part.key(cut) for cut in self.program.cut_values} if part.prefix else None
         job.cuts = dict(cache.cuts) if keys is None else {c: cache.cuts[k] for c, k in keys.items() if k in cache.cuts}
         job.past = {c: cache.past[k] for c in job.cuts if (k := part.key(c)) in cache.past}
-        job.noise = dict(cache.noise)
         job.tokens = dict(cache.tokens)
-        job.history = cache.history
         return job
 
     @property
@@ -355,7 +354,7 @@ class Runner:
     def _wrong_combination(self, job: Job, combination: Combination) -> str:
         """Why what is kept is not what the weights of the planned combination are for; empty if it is."""
         call, cache = job.call, job.call.stream.cache
-        planned, found = call.full_before, cache.history[: combination.depth]
+        planned, found = call.full_before, job.history[: combination.depth]
         if any(full.weights != job.weights for full in found):
             return "the weights changed since the caches were made"
         steps = tuple(full.step for full in found)
@@ -374,7 +373,9 @@ class Runner:
             for cut in branch.cuts:
                 found = job.call.stream.cache.steps.get(job.part.key(cut), ())
                 if found[:1] != planned[:1]:
-                    return f"{cut} is stored of steps {list(found[:1])}, but the plan reuses that of {list(planned[:1])}"
+                    return (
+                        f"{cut} is stored of steps {list(found[:1])}, but the plan reuses that of {list(planned[:1])}"
+                    )
         return ""
 
     def _wrong_prior(self, job: Job, spec: VariantSpec) -> str:

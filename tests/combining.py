@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnifx.plan import COMPUTE, REUSE, SKIP, Combination, Plan
+from omnifx.plan import COMPUTE, REUSE, SKIP, Combination, Plan, Row
 from omnifx.policy import Policy
 from omnifx.profile import Profile
 from tests.reference import OldOutputs, first_tensor
@@ -22,12 +22,18 @@ class Combined(Policy):
     """Each step as its letter says: F full, r reuse, a reuse with a combination, s skipped."""
 
     name = "combined"
-    uses_noise = False
 
     letters: str
     combinations: Mapping[int, Combination]
     """By step."""
     history: int = 2
+
+    @property
+    def uses_noise(self) -> bool:  # type: ignore[override]
+        return any(known.noise for known in self.combinations.values())
+
+    def rows(self, num_branches: int) -> tuple[Row, ...]:
+        return tuple((action,) * num_branches for action in (COMPUTE, REUSE, SKIP))
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         actions = {"F": COMPUTE, "r": REUSE, "a": REUSE, "s": SKIP}

@@ -104,7 +104,8 @@ def _hook(kept: dict[tuple[str, int], Any], name: str, *, replay: bool) -> Calla
 
 
 def letters_of(log: GenerationLog, stream: int = 0) -> str:
-    """What one stream of a generation ran, as a `Reference` takes it: F full, r reuse, p predict, s skip, m any mixture."""
+    """What one stream of a generation ran, as a `Reference` takes it: F full, r reuse, p predict, s skip, m any
+    mixture."""
     short = {"full": "F", "reuse": "r", "predict": "p", "skip": "s"}
     return "".join(short.get(s.variant.split("+")[0], "m") for s in log.steps if s.stream == stream)
 

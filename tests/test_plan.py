@@ -89,7 +89,7 @@ def test_rows_that_do_not_fit_the_branches_are_refused() -> None:
         ({"steps": []}, "0 steps for 3 timesteps"),
         ({"steps": [{"variant": 0}, {"variant": 7}, {"variant": 0}]}, r"steps \[1\] name a variant that is not in"),
         ({"variants": [["compute"], ["reuse"]]}, r"variants \[0, 1\] do not have one action for each of the 2"),
-        ({"variants": [["compute", "skip"]]}, "variants.0.1"),
+        ({"variants": [["compute", "skipped"]]}, "variants.0.1"),
         ({"reuse_flops": [1.0]}, "2 variants but 1 FLOPs ratios"),
         ({"steps": [{"variant": 0, "correction": {"gamma": 99.0}}]}, "steps.0.correction.gamma"),
         ({"surprise": 1}, "surprise"),
@@ -162,7 +162,7 @@ def test_a_first_step_that_computes_some_tokens_is_refused() -> None:
         toy_plan([partial(3), COMPUTE], selection=OLDEST)
 
 
-@pytest.mark.parametrize("text", ["partial:-1", "partial:07", "partial:", "partial:3.5", "compute\n", "skip", ""])
+@pytest.mark.parametrize("text", ["partial:-1", "partial:07", "partial:", "partial:3.5", "compute\n", "skipped", ""])
 def test_what_is_no_action_is_refused(text: str) -> None:
     assert not is_action(text)
     with pytest.raises(PlanError):

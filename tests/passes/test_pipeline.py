@@ -5,7 +5,7 @@ import torch
 
 from omnifx.graph import graph_text, run_passes
 from omnifx.passes.pipeline import VariantSpec, pipeline
-from omnifx.plan import COMPUTE, PREDICT, REUSE, partial
+from omnifx.plan import COMPUTE, PREDICT, REUSE, SKIP, partial
 from omnifx.tokens import Selection
 from tests.toys import gated, noise, toy, toy_inputs, trace
 
@@ -46,6 +46,12 @@ def names(spec: VariantSpec) -> list[str]:
             ["ReadCuts", "PredictCuts", "FollowTrends", "Eliminate", "NarrowLinears", "HoistConditions"],
             "reuse1-predict1+trend",
         ),
+        (
+            VariantSpec(BOTH, (REUSE, REUSE), writes=(), combines=2, combines_noise=True),
+            ["CombineOutput", "ReadCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
+            "reuse+combine",
+        ),
+        (VariantSpec(BOTH, (SKIP, SKIP), writes=(), combines=2), ["CombineOutput", "Eliminate"], "skip"),
         (
             VariantSpec(BOTH, (REUSE, COMPUTE), writes=("mlp",)),
             ["ReadCuts", "WriteCuts", "Eliminate", "NarrowLinears", "HoistConditions"],
