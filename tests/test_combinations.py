@@ -400,6 +400,27 @@ def test_an_evicted_history_is_not_read() -> None:
     assert_equal_steps(torch.stack(done), expected(tiny, "FFSSFSSF"))
 
 
+def test_a_history_evicted_after_the_decision_to_combine_it_is_never_read_as_zeros() -> None:
+    """What another thread may do between two lines of this one."""
+    tiny = tiny_toy()
+    fast = calibrated(tiny)
+    (runner,) = find_session(fast).runners
+    extra_inputs, evicted = runner._extra_inputs, []
+
+    def evict_then_read(variant: Any, job: Any, args: Any) -> Any:
+        if variant.spec.skips and not evicted:
+            evicted.append(job)
+            runner.conductor.store.release(job.call.stream.key)
+        return extra_inputs(variant, job, args)
+
+    runner._extra_inputs = evict_then_read
+    got = generate(fast, tiny, steps=len(LETTERS), seed=1)
+
+    assert evicted
+    assert letters_of(last(fast)) == "FFrsFFFF"
+    assert_equal_steps(got, expected(tiny, "FFasFSSF"))
+
+
 def test_a_model_with_a_graph_break_runs_combined_steps_in_full_and_says_why() -> None:
     class Broken(ToyDiT):
         def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:

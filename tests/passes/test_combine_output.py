@@ -170,7 +170,7 @@ def test_a_model_of_several_outputs_is_refused() -> None:
 
     found = combinable(traced.gm, names)
 
-    assert found.reason == "2 outputs of the model depend on its latents; one of numbers is needed"
+    assert found.reason == "2 outputs of the model depend on its latents; it must be one, in floating point"
     with pytest.raises(PassError, match="CombineOutput: the output cannot be combined: 2 outputs of the model"):
         CombineOutput(branches=names, history=1, noise=False, reuse=True)(traced.gm)
 
