@@ -116,6 +116,7 @@ def merge(profiles: list[Profile]) -> Profile:
     meta = first.meta.model_copy(update={"num_runs": sum(p.meta.num_runs for p in profiles)})
     changes = [p.changes for p in profiles if p.changes is not None]
     signals = [p.signals for p in profiles if p.signals is not None]
+    paths = [p.path for p in profiles if p.path is not None]
     return replace(
         first,
         meta=meta,
@@ -123,6 +124,7 @@ def merge(profiles: list[Profile]) -> Profile:
         moves=torch.cat([p.moves for p in profiles]),
         changes=torch.cat(changes) if changes else None,
         signals=torch.cat(signals) if signals else None,
+        path=torch.cat(paths) if len(paths) == len(profiles) else None,
     )
 
 

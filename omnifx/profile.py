@@ -234,8 +234,11 @@ class Profile:
         changes: [runs, streams, S, lags + 1, columns], float32, for the `measured` columns: the relative L1 error of
         cuts that are 1, 2, ... steps old, then the growth, as `omnifx.changes` defines them; None if not measured.
         prior: Mean cuts at each step, if they were measured.
+        path: [runs, NUM_HALVES, 3 S, 3 S], float64: inner products of the latents of one sample batch, of the output that
+        the sampler makes of all streams (guided, see `omnifx.path`), and of its noise; None if latents and outputs
+        cannot be compared.
         signals: [runs, streams, S, signals], float32, for the `signals` of the meta data; NaN where a step gave none.
-    Memory: 4 * runs * streams * 8 * 9 S^2 bytes on the host: 0.7 MB for one run of 50 steps.
+    Memory: (4 * streams * 8 + 16) * runs * 9 S^2 bytes on the host: 1.1 MB for one run of 50 steps.
     """
 
     meta: ProfileMeta
@@ -244,6 +247,7 @@ class Profile:
     changes: Tensor | None = None
     prior: Prior | None = None
     signals: Tensor | None = None
+    path: Tensor | None = None
 
     def __post_init__(self) -> None:
         meta, size = self.meta, 0 if self.meta.signals else 3 * len(self.meta.timesteps)
@@ -262,7 +266,10 @@ class Profile:
         if tuple(() if self.signals is None else self.signals.shape) != (columns if meta.signals else ()):
             found = None if self.signals is None else tuple(self.signals.shape)
             raise ProfileError(f"Profile: signals have shape {found}, expected {columns if meta.signals else None}.")
-        known = [self.grams, self.moves, *([] if self.changes is None else [self.changes])]
+        pair = (meta.num_runs, NUM_HALVES, size, size)
+        if self.path is not None and tuple(self.path.shape) != pair:
+            raise ProfileError(f"Profile: the path has shape {tuple(self.path.shape)}, expected {pair}.")
+        known = [self.grams, self.moves, *(values for values in (self.changes, self.path) if values is not None)]
         if self.signals is not None:
             known.append(self.signals[~self.signals.isnan()])
         if not all(bool(torch.isfinite(values).all()) for values in known):
@@ -332,6 +339,8 @@ class Profile:
             tensors["changes"] = self.changes.contiguous()
         if self.signals is not None:
             tensors["signals"] = self.signals.contiguous()
+        if self.path is not None:
+            tensors["path"] = self.path.contiguous()
         save_file(tensors, str(path), metadata={"omnifx": self.meta.model_dump_json()})
         if self.prior is not None:
             self.prior.save(prior_path(path), fingerprint=self.meta.fingerprint)
@@ -352,7 +361,7 @@ class Profile:
                     raise ProfileError(f"Profile.load: {path} is not a profile (no omnifx header). {again}.")
                 meta = ProfileMeta.model_validate_json(header)
                 names = set(file.keys())
-                if names - {"changes", "signals"} != {"grams", "moves"}:
+                if names - {"changes", "signals", "path"} != {"grams", "moves"}:
                     raise ProfileError(
                         f"Profile.load: {path} holds {sorted(names)}, expected grams and moves. {again}."
                     )
@@ -366,6 +375,7 @@ class Profile:
                     changes=file.get_tensor("changes").float() if "changes" in names else None,
                     prior=prior,
                     signals=file.get_tensor("signals").float() if "signals" in names else None,
+                    path=file.get_tensor("path").double() if "path" in names else None,
                 )
         except OSError as error:
             raise ProfileError(f"Profile.load: cannot read {path}: {error}. {again}.") from error

@@ -18,6 +18,7 @@ from torch import Tensor
 from omnifx.changes import Changes
 from omnifx.clock import Reading, Timeline
 from omnifx.grid import Grid, part_index
+from omnifx.path import path_of
 from omnifx.prior import PriorSums
 from omnifx.profile import NUM_BANDS, NUM_HALVES, BlockMeta, BranchMeta, Profile, ProfileMeta, SpanMeta
 
@@ -52,15 +53,21 @@ class Recorder:
         self.grid = Grid.of(shape, frame_axis=frame_axis)
         self.numel = math.prod(shape)
         self.buckets = 0
+        self.blocks = 0
         self._signs: Tensor | None = None
         self._index: Tensor | None = None
         if self.numel * 3 * 4 * MOST_CALLS > budget:
             self.buckets = max(64, budget // (MOST_CALLS * 3 * 4 * _PARTS))
+            self.blocks = 2 if shape[0] % 2 == 0 else 1
+            self.buckets -= self.buckets % self.blocks
+            size, own = self.numel // self.blocks, self.buckets // self.blocks
             generator = torch.Generator().manual_seed(0)
-            bucket = torch.randint(self.buckets, (self.numel,), generator=generator)
-            self._index = (part_index(self.grid) * self.buckets + bucket).to(output.device)
-            signs = torch.randint(2, (self.numel,), generator=generator, dtype=torch.int8) * 2 - 1
-            self._signs = signs.to(output.device)
+            bucket = torch.randint(own, (size,), generator=generator)
+            parts = part_index(self._grid_of(self.blocks)) * self.buckets + bucket
+            starts = own * torch.arange(self.blocks)  # each half of the batch has buckets of its own, hashed alike
+            self._index = (parts + starts[:, None]).reshape(-1).to(output.device)
+            signs = torch.randint(2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
+            self._signs = signs.repeat(self.blocks).to(output.device)
 
     @property
     def sketched(self) -> bool:
@@ -94,6 +101,32 @@ class Recorder:
             where = part_index(self.grid).to(vectors.device)
             grams = torch.stack([(part := spectrum[:, where == p].double()) @ part.T for p in range(_PARTS)])
         return grams.reshape(NUM_HALVES, NUM_BANDS, count, count).float().cpu()
+
+
+    def split(self, vectors: Tensor, blocks: int) -> Tensor:
+        """[3, n] of one call -> [blocks, 3, n / blocks], one for each of so many equal parts of the batch.
+
+        A sketch knows `self.blocks` of them.
+        """
+        if not self.sketched:
+            return vectors.reshape(3, blocks, -1).transpose(0, 1)
+        parted = vectors.reshape(3, _PARTS, self.blocks, -1)
+        return parted.movedim(2, 0).reshape(self.blocks, 3, -1)
+
+    def half_grams(self, vectors: Tensor, blocks: int) -> Tensor:
+        """Inner products of [n, m] vectors that `split` gave: [NUM_HALVES, n, n], float64, on the host."""
+        count = vectors.shape[0]
+        if self.sketched:
+            halves = vectors.reshape(count, NUM_HALVES, -1).transpose(0, 1).double()
+            return (halves @ halves.transpose(1, 2)).cpu()
+        grid = self._grid_of(blocks)
+        spectrum = grid.spectrum(vectors.reshape(count, *grid.shape))
+        half = part_index(grid).to(vectors.device) // NUM_BANDS
+        return torch.stack([(some := spectrum[:, half == h].double()) @ some.T for h in range(NUM_HALVES)]).cpu()
+
+    def _grid_of(self, blocks: int) -> Grid:
+        shape = (self.grid.shape[0] // blocks, *self.grid.shape[1:])
+        return Grid(shape, self.grid.axes)
 
 
 class Recording:
@@ -282,8 +315,16 @@ class Recording:
             sketched=self.recorder.sketched,
         )
         moves = torch.tensor([timeline.moves])
+        path = path_of([[call.vectors for call in group] for group in self.groups], self.recorder)
         prior = self.prior.finish() if self.prior is not None else None
-        return Profile(meta=meta, grams=torch.stack(grams)[None], moves=moves, changes=changes, prior=prior)
+        return Profile(
+            meta=meta,
+            grams=torch.stack(grams)[None],
+            moves=moves,
+            changes=changes,
+            prior=prior,
+            path=path[None] if path is not None else None,
+        )
 
     def _changes(self) -> Tensor | None:
         """[1, streams, S, lags + 1, columns]; None if some call was not compared."""

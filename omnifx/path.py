@@ -1,0 +1,134 @@
+"""The path of a sampler through its latents: what its solver does with the model's outputs, found out by regression.
+
+A deterministic solver's step is affine in its latents and in the model's outputs, x' = a x + b o. With classifier-free
+guidance o is a mixture of the outputs of several streams (calls with the same latents, or equal parts of one batch),
+o = sum_p s_p o_p with sum_p s_p = 1. Only this mixture moves the latents, so only its errors count, and it is what a
+profile keeps as `Profile.path`: inner products of the latents x_0 .. x_{S-1}, the mixtures o_0 .. o_{S-1}, and the
+mixtures q_0 .. q_{S-1} of what reuse would have caused.
+
+Neither the sampler nor its guidance scale need be known: the s_p, a and b follow from the recorded latents by least
+squares. Where a solver clips, adds noise or remembers more than one output, what is left over is `Path.residual`.
+
+Source: that the scalars follow from recorded calls is ours; guidance, arXiv:2207.12598.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from omnifx.recording import Recorder
+
+Array = npt.NDArray[np.float64]
+
+MOST_PARTS = 3
+"""Equal parts of a batch that are told apart: guidance by one more, or by two more outputs."""
+
+
+def path_of(steps: Sequence[Sequence[Tensor]], recorder: Recorder) -> Tensor | None:
+    """Inner products of a generation's path.
+
+    Args:
+        steps: For each step and stream, the [3, n] vectors that `recorder` kept.
+        recorder: What kept them.
+
+    Returns: [NUM_HALVES, 3 S, 3 S], float64, on the host; None if latents and outputs cannot be compared.
+    """
+    if not recorder.comparable:
+        return None
+    first = steps[0][0]
+    blocks = next((p for p in _parts(recorder) if p == 1 or _has_equal(recorder.split(first, p))), 1)
+    parts = [torch.cat([recorder.split(vectors, blocks) for vectors in streams]) for streams in steps]  # [p, 3, m]
+    latents = torch.stack([part[0, 0] for part in parts])
+    shares = guidance(latents, [part[:, 1] for part in parts])
+    mixed = [torch.einsum("p,pvm->vm", shares.to(part), part[:, 1:]) for part in parts]
+    vectors = torch.cat([latents, *torch.stack(mixed, dim=1)])
+    return recorder.half_grams(vectors, blocks)
+
+
+def guidance(latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """What share each part's output has in a sampler's steps.
+
+    Args:
+        latents: [S, m].
+        outputs: S of [p, m], the outputs of p parts at the same latents.
+
+    Returns: [p], float64, on the host; their sum is 1. The median over the steps; equal shares if nothing can be told.
+    """
+    number = outputs[0].shape[0]
+    if number == 1:
+        return torch.ones(1, dtype=torch.float64)
+    found = []
+    for now, after, part in zip(latents[:-1], latents[1:], outputs, strict=False):
+        columns = torch.cat([now[None], part]).double()
+        gram = columns @ columns.T
+        gram = gram + torch.diag(gram.diagonal() * 1e-10 + 1e-300)
+        weights = torch.linalg.solve(gram, columns @ after.double())[1:].cpu()
+        if abs(total := float(weights.sum())) > 1e-8 * float(weights.abs().sum()):
+            found.append(weights / total)
+    if not found:
+        return torch.full((number,), 1.0 / number, dtype=torch.float64)
+    shares = torch.stack(found).median(0).values
+    return shares / shares.sum()
+
+
+@dataclass(frozen=True)
+class Path:
+    """A recorded path, in coordinates of its own span: inner products are those of the recorded vectors.
+
+    Attributes:
+        x, o, q: [S, r], latents, outputs and noise; r <= 3 S.
+        a, b: [S], the solver's step ``x' = a x + b o``; those of the last step, whose result nobody saw, are those of
+        the step before.
+        residual: [S], what the solver's step does beside that, over the length of the step; no unit.
+        times: [S], the timesteps, in the model's units.
+    """
+
+    x: Array
+    o: Array
+    q: Array
+    a: Array
+    b: Array
+    residual: Array
+    times: Array
+
+    @classmethod
+    def of(cls, gram: Tensor, times: Sequence[float]) -> Path:
+        """From [3 S, 3 S] inner products (sums over halves and runs, or one of them) and S >= 3 timesteps."""
+        steps = len(times)
+        values, vectors = np.linalg.eigh(gram.double().numpy())
+        kept = values > max(values[-1], 0.0) * 1e-15
+        coordinates = vectors[:, kept] * np.sqrt(values[kept])
+        x, o, q = coordinates[:steps], coordinates[steps : 2 * steps], coordinates[2 * steps :]
+        a, b, residual = np.ones(steps), np.zeros(steps), np.zeros(steps)
+        for k in range(steps - 1):
+            columns = np.stack([x[k], o[k]], axis=1)
+            (a[k], b[k]), *_ = np.linalg.lstsq(columns, x[k + 1], rcond=None)
+            length = float(np.linalg.norm(x[k + 1] - x[k]))
+            residual[k] = np.linalg.norm(columns @ (a[k], b[k]) - x[k + 1]) / length if length else 0.0
+        a[-1], b[-1], residual[-1] = a[-2], b[-2], residual[-2]
+        return cls(x, o, q, a, b, residual, np.asarray(times, dtype=np.float64))
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps."""
+        return len(self.times)
+
+
+def _parts(recorder: Recorder) -> tuple[int, ...]:
+    """Numbers of equal parts that the batch may have, the largest first."""
+    if recorder.sketched:
+        return (recorder.blocks, 1) if recorder.blocks > 1 else (1,)
+    return tuple(p for p in range(MOST_PARTS, 0, -1) if recorder.grid.shape[0] % p == 0)
+
+
+def _has_equal(parts: Tensor) -> bool:
+    """Whether all [p, 3, m] parts have the same latents."""
+    return bool((parts[1:, 0] == parts[0, 0]).all())

@@ -1,0 +1,163 @@
+"""Compute the steps that matter most, and forecast the model's output at the others.
+
+A step that is not computed gives a linear combination of what is known: the outputs of the last computed steps and how
+far the latents have come since; optionally also the output of the reuse graph and the noise that the last computed step
+measured. The weights of every step are fitted in closed form on one recorded generation, so that the sampler's path,
+not the single output, comes out right; which steps are computed is searched on the same recording, by what forecasts
+say of the final latents (`omnifx.forecast`). Neither costs a call of the model, so the first generation, which runs in
+full anyway, yields the plan.
+
+Without the reuse graph a step is a handful of elementwise operations, no cut is kept, computed steps run the plain
+graph, and no branch needs to be found. With it, each step costs about 1 to 5% of a computed one.
+
+Source: ours. It contains as special cases: OmniCache's correction gamma q (arXiv:2508.16212), Taylor extrapolation
+(TaylorSeer, arXiv:2503.06923) of the whole output, and reuse (FORA, arXiv:2407.01425). Defaults were chosen on the
+trained digits models (DiT with DDIM; flow model with Euler, cfg 2; 50 and 20 steps, .4 and .24 to .3 of the steps
+computed) by PSNR to the uncached samples of 10 tuning seeds, which no table reports; see `benchmarks.frontier`.
+Cost: the search takes 1 to 3 s on the host for 50 steps, once for a profile; plans are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from omnifx.errors import ConfigError
+from omnifx.forecast import Features, Forecast, State
+from omnifx.path import Path
+from omnifx.plan import COMPUTE, REUSE, SKIP, Combination, Plan
+from omnifx.policies.omnicache import OmniCache
+from omnifx.policy import SLACK, Policy, check_speedup, refuse_speedup, register
+from omnifx.profile import Profile
+
+Kind = Literal["skip", "reuse"]
+Network = Literal["auto", "skip", "reuse"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Auto(Policy):
+    """Searches which steps to compute, and forecasts the others.
+
+    Raises: ConfigError if an option is out of its range.
+    """
+
+    name: ClassVar[str] = "auto"
+    uses_noise: ClassVar[bool] = True
+
+    network: Network = "auto"
+    """What runs at a step that is not computed. "skip": nothing; "reuse": the reuse graph, whose output and noise join
+    the combination; "auto": what the forecast finds better, and nothing where it finds them alike."""
+    num_outputs: int = 4
+    """1..8: computed outputs that a combination reads."""
+    num_latents: int = 1
+    """0..8: computed steps from which a combination reads the way of the latents."""
+    ridge: float = 1e-5
+    """0..1: pull of the weights towards plain extrapolation, as a share of each feature's energy."""
+    doubt: float = 1.0
+    """0..10: how uncertain the answer of a computed step to drifted latents is, as a share of it."""
+    landing: float = 0.5
+    """0..1: what share of the drift a step that is not computed tries to take back."""
+    margin: float = 0.8
+    """0..1: the reuse graph is run if the drift it forecasts is below this share of that of skipping."""
+    longest_gap: int | None = None
+    """>= 1: most steps in a row that are not computed; None: twice what an even spread has."""
+
+    def __post_init__(self) -> None:
+        if self.network not in get_args(Network):
+            raise ConfigError(f"network must be one of {list(get_args(Network))}, got {self.network!r}.")
+        for option, low, high in (("num_outputs", 1, 8), ("num_latents", 0, 8)):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ConfigError(f"{option} must be a whole number in [{low}, {high}], got {value!r}.")
+        if self.num_latents > self.num_outputs:
+            raise ConfigError(
+                f"num_latents must be at most num_outputs ({self.num_outputs}), got {self.num_latents}: the same "
+                "computed steps are kept for both."
+            )
+        for option, most in (("ridge", 1.0), ("doubt", 10.0), ("landing", 1.0), ("margin", 1.0)):
+            value = getattr(self, option)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
+                raise ConfigError(f"{option} must be a number in [0, {most:g}], got {value!r}.")
+        gap = self.longest_gap
+        if gap is not None and (not isinstance(gap, int) or isinstance(gap, bool) or gap < 1):
+            raise ConfigError(f"longest_gap must be None or a whole number >= 1 (steps), got {gap!r}.")
+
+    @property
+    def history(self) -> int:
+        """Computed steps whose outputs and latents a stream keeps."""
+        return self.num_outputs
+
+    def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
+        wanted = check_speedup(speedup, default=2.0)
+        if profile.path is None:
+            plan = OmniCache().plan(profile, speedup=speedup)
+            why = "Latents and outputs have different shapes, so nothing can be forecast: this is OmniCache's plan."
+            return plan.model_copy(update={"policy": self.name, "notes": (why, *plan.notes)})
+        path = Path.of(profile.path.sum((0, 1)), profile.meta.timesteps)
+        kinds: tuple[Kind, ...] = ("skip", "reuse") if self.network == "auto" else (self.network,)
+        counts = {kind: _affordable(profile, wanted, kind) for kind in kinds}
+        ends = {
+            kind: Forecast(path, self._features(kind)).search(computed, longest=self.longest_gap)
+            for kind, computed in counts.items()
+            if computed >= FEWEST
+        }
+        if not ends:
+            most = max(_speedup_of(profile, FEWEST, kind) for kind in kinds)
+            raise refuse_speedup(self.name, wanted, most, f"at least {FEWEST} of {profile.num_steps} steps computed")
+        chosen = min(ends, key=lambda kind: ends[kind].cost * (self.margin if kind == "skip" else 1.0))
+        return self._as_plan(profile, path, chosen, ends)
+
+    def _features(self, kind: Kind) -> Features:
+        return Features(
+            reuses=kind == "reuse",
+            history=self.num_outputs,
+            latents=self.num_latents,
+            ridge=self.ridge,
+            doubt=self.doubt,
+            landing=self.landing,
+        )
+
+    def _as_plan(self, profile: Profile, path: Path, kind: Kind, ends: dict[Kind, State]) -> Plan:
+        end = ends[kind]
+        action = SKIP if kind == "skip" else REUSE
+        width = len(profile.meta.branches)
+        drifts = ", ".join(f"{state.cost:.2%} if they {_DOES[name]}" for name, state in ends.items())
+        clean = float(np.median(path.residual))
+        notes = [
+            f"Forecast drift of the final latents from the uncached ones, as a share of their norm: {drifts}.",
+            f"The sampler's steps are affine in latents and outputs but for {clean:.1%} of their length (median).",
+        ]
+        return Plan.from_rows(
+            profile,
+            [(COMPUTE if step is None else action,) * width for step in end.steps],
+            policy=self.name,
+            policy_options=self.options,
+            combinations=[None if step is None else Combination(**step._asdict()) for step in end.steps],
+            history=self.history,
+            notes=notes,
+        )
+
+
+FEWEST = 2
+"""Steps that are computed at least: one output tells nothing of where it goes."""
+
+_DOES = {"skip": "skip the network", "reuse": "run the reuse graph"}
+
+
+def _affordable(profile: Profile, speedup: float, kind: Kind) -> int:
+    """How many steps can be computed so that FLOPs fall to 1/`speedup`, up to `SLACK` of a step; may be < 1."""
+    steps, reuse = profile.num_steps, _reuse_cost(profile, kind)
+    return min(steps, math.floor(steps / speedup + SLACK - steps * reuse))
+
+
+def _speedup_of(profile: Profile, computed: int, kind: Kind) -> float:
+    return profile.num_steps / (computed + profile.num_steps * _reuse_cost(profile, kind))
+
+
+def _reuse_cost(profile: Profile, kind: Kind) -> float:
+    """What a step that is not computed costs; one that is computed costs as much more, since it measures the noise."""
+    return profile.meta.cost_of((REUSE,) * len(profile.meta.branches)) if kind == "reuse" else 0.0

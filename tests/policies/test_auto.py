@@ -1,0 +1,173 @@
+"""`auto`: plans from a recording alone, followed as forecast, and better than what it contains as special cases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import omnifx
+from examples.digits.models import load_dit, load_flow
+from examples.digits.quality import psnr
+from examples.digits.sampling import sample_dit, sample_flow
+from omnifx.errors import ConfigError
+from omnifx.plan import COMPUTE, REUSE, SKIP, reuses
+from omnifx.policies.auto import FEWEST, Auto
+from omnifx.policies.omnicache import OmniCache
+from omnifx.policy import SLACK, resolve
+from omnifx.profile import NUM_HALVES, Profile
+from tests.profiles import make_profile
+from tests.toys import EAGER, distance, generate, toy
+
+STEPS = 12
+
+
+def profile_of(steps: int, *, branch_flops: tuple[int, ...] = (60, 38), seed: int = 0) -> Profile:
+    """A made-up profile whose path is random and smooth."""
+    generator = torch.Generator().manual_seed(seed)
+    ways = torch.randn(3, 30, generator=generator, dtype=torch.float64)
+    at = torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]
+    outputs = ways[0] + at * ways[1] + at**2 * ways[2]
+    start = torch.randn(1, 30, generator=generator, dtype=torch.float64)
+    latents = start - torch.cat([0 * start, outputs[:-1].cumsum(0)]) / steps
+    noises = 0.02 * torch.randn(steps, 30, generator=generator, dtype=torch.float64)
+    vectors = torch.cat([latents, outputs, noises])
+    path = torch.stack([vectors @ vectors.T / NUM_HALVES] * NUM_HALVES)[None]
+    return replace(make_profile(steps, branch_flops=branch_flops), path=path)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    steps=st.integers(4, 30),
+    speedup=st.floats(1.0, 6.0),
+    network=st.sampled_from(["skip", "reuse", "auto"]),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_speedup_is_reached_or_refused(steps: int, speedup: float, network: Any) -> None:
+    profile, policy = profile_of(steps), Auto(network=network)
+    try:
+        plan = policy.plan(profile, speedup=speedup)
+    except ConfigError as error:
+        assert f"at least {FEWEST} of {steps} steps" in str(error)
+        assert steps / speedup + SLACK < FEWEST + (steps * 0.02 if network == "reuse" else 0) + 1e-9
+        return
+    reused = SKIP if plan.num_reuse_steps and SKIP in plan.rows[-1] + plan.rows[-2] + plan.rows[1] else None
+    assert not reuses(plan.rows[0])
+    assert all(row in {(COMPUTE,) * 2, (REUSE,) * 2, (SKIP,) * 2} for row in plan.variants)
+    assert (reused is None) or network != "reuse"
+    computed = steps - plan.num_reuse_steps
+    replays = 0.02 * computed if plan.reads_noise else 0.0
+    spent = computed + replays + (0.0 if SKIP in sum(plan.rows, ()) else 0.02 * plan.num_reuse_steps)
+    assert spent <= steps / speedup + SLACK + 1e-6
+
+
+def test_skipping_keeps_nothing_of_the_network() -> None:
+    plan = Auto(network="skip").plan(profile_of(20), speedup=2.0)
+
+    assert plan.speedup == pytest.approx(2.0)
+    assert plan.kept == ()
+    assert not plan.reads_noise
+    assert plan.history == 4
+    assert len(plan.variants) == 2
+
+
+def test_the_reuse_graph_runs_where_it_is_forecast_to_be_better() -> None:
+    profile = profile_of(20)
+    exact = replace(profile, path=_without_noise(profile))  # reuse is exact there
+
+    assert REUSE in sum(Auto().plan(exact, speedup=2.0).rows, ())
+    assert SKIP in sum(Auto(margin=0.0).plan(exact, speedup=2.0).rows, ())
+
+
+def _without_noise(profile: Profile) -> Tensor:
+    assert profile.path is not None
+    path, steps = profile.path.clone(), profile.num_steps
+    path[..., 2 * steps :, :] = path[..., :, 2 * steps :] = 0.0
+    return path
+
+
+def test_without_a_path_it_is_omnicache() -> None:
+    profile = make_profile(20)
+
+    plan = Auto().plan(profile, speedup=2.0)
+
+    other = OmniCache().plan(profile, speedup=2.0)
+    assert (plan.rows, plan.steps) == (other.rows, other.steps)
+    assert plan.policy == "auto"
+    assert "different shapes" in plan.notes[0]
+
+
+def test_too_much_is_refused_with_the_most_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"auto: speedup must be in \[1, 5\.000\] here .*, got 11\.0"):
+        Auto(network="skip").plan(profile_of(10), speedup=11.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"network": "half"}, r"network must be one of \['auto', 'skip', 'reuse'\], got 'half'"),
+        ({"num_outputs": 0}, r"num_outputs must be a whole number in \[1, 8\]"),
+        ({"num_outputs": 2, "num_latents": 3}, r"num_latents must be at most num_outputs \(2\), got 3"),
+        ({"ridge": -1.0}, r"ridge must be a number in \[0, 1\]"),
+        ({"doubt": True}, r"doubt must be a number in \[0, 10\]"),
+        ({"landing": 1.5}, r"landing must be a number in \[0, 1\]"),
+        ({"longest_gap": 0}, r"longest_gap must be None or a whole number >= 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Auto(**options)
+
+
+def test_it_is_known_by_its_name() -> None:
+    assert resolve("auto") == Auto()
+
+
+# -- generations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", ["skip", "reuse"])
+@pytest.mark.parametrize("cfg", [None, 7])
+def test_a_generation_drifts_no_further_than_was_forecast(network: Any, cfg: int | None) -> None:
+    model = toy()
+    options = {**EAGER, "policy": Auto(network=network), "speedup": 2.0}
+    fast = torch.compile(model, backend="omnicache", options=options)
+
+    generate(fast, seed=0, steps=STEPS, cfg=cfg)
+    image = generate(fast, seed=1, steps=STEPS, cfg=cfg)
+
+    ((_, plan),) = omnifx.plans(fast)
+    log = omnifx.stats(fast).generations[-1]
+    assert not any(step.reason for step in log.steps)
+    drift = float(plan.notes[0].partition(": ")[2].partition("%")[0]) / 100
+    assert distance(image, generate(model, seed=1, steps=STEPS, cfg=cfg)) < 5 * drift + 1e-5
+
+
+CASES = {
+    "dit": (load_dit, sample_dit, {}, 41.0),
+    "flow": (load_flow, sample_flow, {"cfg": 2.0}, 40.5),
+}
+"""Trained models, and what reuse with OmniCache's schedule and no correction gives at 2x in 20 steps."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_image_is_enough_to_beat_reuse_on_trained_models(name: str) -> None:
+    load, sample, options, reuse = CASES[name]
+    steps, labels = 20, torch.arange(8) % 10
+    fast = torch.compile(
+        load(), backend="omnicache", options={**EAGER, "policy": Auto(network="skip"), "speedup": 2.0}
+    )
+
+    sample(fast, seeds=range(1_000_000, 1_000_001), labels=labels[:1], steps=steps, **options)
+    images = sample(fast, seeds=range(8), labels=labels, steps=steps, **options)
+
+    true = sample(load(), seeds=range(8), labels=labels, steps=steps, **options)
+    assert omnifx.stats(fast).generations[-1].steps[-1].reason == ""
+    assert float(psnr(images, true).mean()) > reuse + 3.0
