@@ -804,7 +804,7 @@ def _stored(job: Job, name: str) -> Tensor:
 
 
 def _remembered(job: Job, kind: str, age: int, fake: Tensor) -> Tensor:
-    """What ``past_output:<age>`` or ``past_latents:<age>`` stands for; zeros where fewer full steps are kept, which then
+    """What ``past_output:<age>`` or ``past_latents:<age>`` stands for; zeros where fewer full steps are kept, for those
     have no weight."""
     if age >= len(job.history):
         return zeros_like(fake, job.sizes)
