@@ -573,9 +573,7 @@ class Runner:
                 combination = job.call.combination or Combination()
                 values.append(self._predictor_tensor(combination.vector(variant.spec.combines or 0), fake))
             elif kind in ("past_output", "past_latents"):
-                full = job.history[int(name)] if int(name) < len(job.history) else None
-                held = full and (full.output if kind == "past_output" else full.latents)
-                values.append(zeros_like(fake, job.sizes) if held is None else held)
+                values.append(_remembered(job, kind, int(name), fake))
             elif kind == "trend":
                 values.append(self._trend(job, name, fake))
             elif kind == "trend_scale":
@@ -803,6 +801,17 @@ def _stored(job: Job, name: str) -> Tensor:
     cut, _, age = name.partition("@")
     past = job.past.get(cut, ())
     return past[int(age) - 1] if age and int(age) <= len(past) else job.cuts[cut]
+
+
+def _remembered(job: Job, kind: str, age: int, fake: Tensor) -> Tensor:
+    """What ``past_output:<age>`` or ``past_latents:<age>`` stands for; zeros where fewer full steps are kept, for those
+    have no weight."""
+    if age >= len(job.history):
+        return zeros_like(fake, job.sizes)
+    full = job.history[age]
+    value = full.output if kind == "past_output" else full.latents
+    assert value is not None  # a graph reads latents only where they are kept
+    return value
 
 
 def _mean_of_halves(value: Tensor) -> Tensor:

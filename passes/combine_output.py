@@ -64,7 +64,10 @@ def combinable(gm: fx.GraphModule, branches: tuple[str, ...]) -> Combinable:
     outputs = outputs[: len(outputs) - len(gm.meta.get(EXTRA_OUTPUTS, ()))]
     moving = [i for i, node in enumerate(outputs) if isinstance(node, fx.Node) and below >> sets.index[node] & 1]
     if len(moving) != 1 or moving[0] not in float_outputs(gm):
-        return Combinable(reason=f"{len(moving)} outputs of the model depend on its latents; it must be one, in floating point")
+        count = len(moving)
+        return Combinable(
+            reason=f"{count} outputs of the model depend on its latents; it must be one, in floating point"
+        )
     output: Tensor = outputs[moving[0]].meta["val"]  # type: ignore[attr-defined]
     latents: Tensor = placeholders[inputs.latents].meta["val"]
     shapes = [tuple(map(hint, value.shape)) for value in (output, latents)]
