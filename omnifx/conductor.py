@@ -546,7 +546,9 @@ class Conductor:
             if not self.record_only and self.streams.starting(reading, mark):
                 stream = self._begin(reading, mark, latents, num_bytes)
                 assert stream is not None  # some plan starts here
-                return self._call(stream, self._compute_row, None, "", reading, weights)
+                call = self._call(stream, self._compute_row, None, "", reading, weights)
+                *_, call.entry, _ = self._planned(stream)
+                return call
         if key not in self._recorded:
             reason = reason or self._came_amid(reading, mark)
             self._recorded[key] = (Recording(self.inputs), [])
