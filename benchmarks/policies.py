@@ -89,6 +89,7 @@ def settings_of(model: str, steps: int) -> list[Setting]:
     grid: dict[str, list[dict[str, Any]]] = {
         "fora": [{"interval": n} for n in (*intervals, 5)],
         "omnicache": [{"speedup": s} for s in (1.5, 2.0, 2.5, 2.8)],
+        "auto": [{"speedup": s} for s in (*asked, 4.0)] + [{"network": "reuse", "speedup": s} for s in (*asked, 4.0)],
         "goc": [{"interval": n, "eta": eta} for eta in (1.2, 0.8) for n in intervals],
         "eoc": [{"interval": n} for n in (2, 3)]
         + [{"interval": n, "form": "shift", "strength": 0.5} for n in intervals],

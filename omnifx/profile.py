@@ -234,9 +234,9 @@ class Profile:
         changes: [runs, streams, S, lags + 1, columns], float32, for the `measured` columns: the relative L1 error of
         cuts that are 1, 2, ... steps old, then the growth, as `omnifx.changes` defines them; None if not measured.
         prior: Mean cuts at each step, if they were measured.
-        path: [runs, NUM_HALVES, 3 S, 3 S], float64: inner products of the latents of one sample batch, of the output that
-        the sampler makes of all streams (guided, see `omnifx.path`), and of its noise; None if latents and outputs
-        cannot be compared.
+        path: [runs, NUM_HALVES, 3 S, 3 S], float64: inner products of the latents, of the output that the sampler makes
+        of all streams (guided, see `omnifx.path`), and of its noise; None if outputs cannot be combined: latents have
+        another shape, or the model is not one graph.
         signals: [runs, streams, S, signals], float32, for the `signals` of the meta data; NaN where a step gave none.
     Memory: (4 * streams * 8 + 16) * runs * 9 S^2 bytes on the host: 1.1 MB for one run of 50 steps.
     """

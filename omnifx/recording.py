@@ -102,7 +102,6 @@ class Recorder:
             grams = torch.stack([(part := spectrum[:, where == p].double()) @ part.T for p in range(_PARTS)])
         return grams.reshape(NUM_HALVES, NUM_BANDS, count, count).float().cpu()
 
-
     def split(self, vectors: Tensor, blocks: int) -> Tensor:
         """[3, n] of one call -> [blocks, 3, n / blocks], one for each of so many equal parts of the batch.
 

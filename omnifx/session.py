@@ -38,7 +38,7 @@ from omnifx.fits import Fits, signals_profile
 from omnifx.graph import Branch, Inputs, hint
 from omnifx.hooks import hooks_of
 from omnifx.options import Options
-from omnifx.plan import Plan
+from omnifx.plan import Combination, Plan
 from omnifx.prior import prior_path
 from omnifx.probe_runner import ProbeRunner
 from omnifx.profile import Profile
@@ -437,7 +437,7 @@ class Session:
 
     def _profile(self, recording: Recording, conductor: Conductor) -> Profile:
         assert recording.recorder is not None  # it has steps
-        return recording.profile(
+        profile = recording.profile(
             model=self.model_name,
             fingerprint=conductor.fingerprint,
             versions=versions(),
@@ -448,6 +448,8 @@ class Session:
             output_shape=recording.recorder.output_shape,
             measured=conductor.measured,
         )
+        both = Combination(outputs=(1.0,), latents=(1.0,))
+        return replace(profile, path=None) if conductor.combination_problem(both) else profile
 
     # -- profiles ------------------------------------------------------------------------------------------------------
 

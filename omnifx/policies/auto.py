@@ -95,7 +95,10 @@ class Auto(Policy):
         wanted = check_speedup(speedup, default=2.0)
         if profile.path is None:
             plan = OmniCache().plan(profile, speedup=speedup)
-            why = "Latents and outputs have different shapes, so nothing can be forecast: this is OmniCache's plan."
+            why = (
+                "Nothing can be forecast here (the model is not one graph, has several outputs, or latents unlike its "
+                "output): this is OmniCache's plan."
+            )
             return plan.model_copy(update={"policy": self.name, "notes": (why, *plan.notes)})
         path = Path.of(profile.path.sum((0, 1)), profile.meta.timesteps)
         kinds: tuple[Kind, ...] = ("skip", "reuse") if self.network == "auto" else (self.network,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from examples.digits.models import load_dit, load_flow
 from examples.digits.quality import psnr
 from examples.digits.sampling import sample_dit, sample_flow
 from omnifx.errors import ConfigError
-from omnifx.plan import COMPUTE, REUSE, SKIP, reuses
+from omnifx.plan import REUSE, SKIP, reuses
 from omnifx.policies.auto import FEWEST, Auto
 from omnifx.policies.omnicache import OmniCache
 from omnifx.policy import SLACK, resolve
@@ -51,20 +52,20 @@ def profile_of(steps: int, *, branch_flops: tuple[int, ...] = (60, 38), seed: in
 )
 @settings(max_examples=30, deadline=None)
 def test_the_speedup_is_reached_or_refused(steps: int, speedup: float, network: Any) -> None:
-    profile, policy = profile_of(steps), Auto(network=network)
-    try:
-        plan = policy.plan(profile, speedup=speedup)
-    except ConfigError as error:
-        assert f"at least {FEWEST} of {steps} steps" in str(error)
-        assert steps / speedup + SLACK < FEWEST + (steps * 0.02 if network == "reuse" else 0) + 1e-9
+    profile, policy = profile_of(steps), Auto(network=network)  # whose reuse graph costs .02 of a step
+    affordable = math.floor(steps / speedup + SLACK - (0.02 * steps if network == "reuse" else 0.0))
+    if affordable < FEWEST:
+        with pytest.raises(ConfigError, match=f"at least {FEWEST} of {steps} steps computed"):
+            policy.plan(profile, speedup=speedup)
         return
-    reused = SKIP if plan.num_reuse_steps and SKIP in plan.rows[-1] + plan.rows[-2] + plan.rows[1] else None
+
+    plan = policy.plan(profile, speedup=speedup)
+
     assert not reuses(plan.rows[0])
-    assert all(row in {(COMPUTE,) * 2, (REUSE,) * 2, (SKIP,) * 2} for row in plan.variants)
-    assert (reused is None) or network != "reuse"
     computed = steps - plan.num_reuse_steps
-    replays = 0.02 * computed if plan.reads_noise else 0.0
-    spent = computed + replays + (0.0 if SKIP in sum(plan.rows, ()) else 0.02 * plan.num_reuse_steps)
+    actions = {row[0] for row in plan.rows if reuses(row)}
+    assert actions <= ({REUSE, SKIP} if network == "auto" else {SKIP if network == "skip" else REUSE})
+    spent = computed + (0.02 * steps if actions == {REUSE} else 0.0)  # a computed step replays the reuse graph
     assert spent <= steps / speedup + SLACK + 1e-6
 
 
@@ -101,7 +102,7 @@ def test_without_a_path_it_is_omnicache() -> None:
     other = OmniCache().plan(profile, speedup=2.0)
     assert (plan.rows, plan.steps) == (other.rows, other.steps)
     assert plan.policy == "auto"
-    assert "different shapes" in plan.notes[0]
+    assert "this is OmniCache's plan" in plan.notes[0]
 
 
 def test_too_much_is_refused_with_the_most_there_is() -> None:
@@ -161,9 +162,7 @@ CASES = {
 def test_one_image_is_enough_to_beat_reuse_on_trained_models(name: str) -> None:
     load, sample, options, reuse = CASES[name]
     steps, labels = 20, torch.arange(8) % 10
-    fast = torch.compile(
-        load(), backend="omnicache", options={**EAGER, "policy": Auto(network="skip"), "speedup": 2.0}
-    )
+    fast = torch.compile(load(), backend="omnicache", options={**EAGER, "policy": Auto(network="skip"), "speedup": 2.0})
 
     sample(fast, seeds=range(1_000_000, 1_000_001), labels=labels[:1], steps=steps, **options)
     images = sample(fast, seeds=range(8), labels=labels, steps=steps, **options)
