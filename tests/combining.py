@@ -19,7 +19,8 @@ from tests.zoo.entry import Tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Combined(Policy):
-    """Each step as its letter says: F full, r reuse, a reuse with a combination, s skipped."""
+    """Each step as its letter says: F full, r reuse, a reuse with a combination, s skipped. A generation of fewer steps
+    has the first letters."""
 
     name = "combined"
 
@@ -37,7 +38,8 @@ class Combined(Policy):
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         actions = {"F": COMPUTE, "r": REUSE, "a": REUSE, "s": SKIP}
-        rows = [(actions[letter],) * len(profile.meta.branches) for letter in self.letters]
+        letters = self.letters[: profile.num_steps]
+        rows = [(actions[letter],) * len(profile.meta.branches) for letter in letters]
         combinations = [self.combinations.get(k) for k in range(len(rows))]
         return Plan.from_rows(profile, rows, policy=self.name, combinations=combinations, history=self.history)
 

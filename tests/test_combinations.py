@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import omnifx
-from omnifx.errors import PlanError
+from omnifx.errors import OmnifxWarning, PlanError
+from omnifx.passes import combine_output
 from omnifx.pictures import kinds_of_steps
 from omnifx.plan import COMPUTE, REUSE, SKIP, Combination, Correction, Plan
 from omnifx.policies.fora import Fora
@@ -238,6 +239,20 @@ def test_another_size_in_the_middle_has_a_history_of_its_own() -> None:
     assert omnifx.stats(fast).graphs == 1
 
 
+def test_plans_of_several_step_counts_share_their_first_full_step() -> None:
+    tiny = tiny_toy()
+    fast = calibrated(tiny)
+    with omnifx.generation(fast, steps=6):
+        generate(fast, tiny, steps=6, seed=100)
+
+    for steps in (8, 6):
+        got = generate(fast, tiny, steps=steps, seed=1)
+
+        assert last(fast).reasons == {}
+        assert letters_of(last(fast)) == LETTERS[:steps].replace("a", "r")
+        assert_equal_steps(got, expected(tiny, steps=steps))
+
+
 # -- what is held ------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +397,20 @@ def test_cuts_of_other_steps_than_planned_are_not_combined() -> None:
     assert "is stored of steps [1], but the plan reuses that of [4]" in reason
     assert count == 1
     assert_equal_steps(torch.stack(done), expected(tiny, "FFasFSsF"))
+
+
+def test_variants_that_do_not_reproduce_a_step_are_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    plus = combine_output._plus
+    monkeypatch.setattr(combine_output, "_plus", lambda *args, first: 1.1 * plus(*args, first=first))
+    tiny = tiny_toy()
+
+    with pytest.warns(OmnifxWarning, match="fed a step's own cuts differs from that step"):
+        fast = calibrated(tiny)
+    got = generate(fast, tiny, steps=len(LETTERS), seed=1)
+
+    notes = " ".join(omnifx.stats(fast).notes)
+    assert [f"the variant {label} fed a step's own" in notes for label in ("reuse+combine", "skip")] == [True, True]
+    assert_equal_steps(got, expected(tiny, "F" * len(LETTERS), {}))
 
 
 def test_an_evicted_history_is_not_read() -> None:
