@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "forecast": ("#000000", ("auto",)),
     "whole steps": ("#0072B2", ("fora", "omnicache", "lemica")),
     "predicted cuts": ("#009E73", ("taylorseer", "goc", "eoc")),
     "some tokens": ("#CC79A7", ("toca", "duca")),
