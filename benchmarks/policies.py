@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ class Setting:
     def policy(self) -> Policy | None:
         """The policy; None for a baseline."""
         return policies()[self.method](**self.options) if self.calls is None else None
+
+
+def _finite(decibels: float) -> float | None:
+    """None for equal images: JSON knows no infinity."""
+    return decibels if math.isfinite(decibels) else None
 
 
 def _short(value: object) -> str:
@@ -270,8 +276,8 @@ class Bench:
             "full steps": full,
             "compute": compute,
             "time": seconds / self.seconds,
-            "PSNR dB": quality.psnr,
-            "p10 dB": quality.psnr_p10,
+            "PSNR dB": _finite(quality.psnr),
+            "p10 dB": _finite(quality.psnr_p10),
             "SSIM": quality.ssim,
             "Frechet": quality.frechet,
             "class": quality.consistency,
@@ -323,7 +329,7 @@ def measure_model(
         keep(found)
         print(
             f"{name} {row['method']}, {row['setting']}: compute {row['compute']:.3f}, time {row['time']:.3f}, "
-            f"{row['PSNR dB']:.2f} dB",
+            f"{'no difference' if row['PSNR dB'] is None else format(row['PSNR dB'], '.2f') + ' dB'}",
             flush=True,
         )
     return found

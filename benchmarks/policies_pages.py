@@ -29,6 +29,10 @@ def conditions(found: Figures) -> str:
     )
 
 
+def _decibels(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f}"
+
+
 def policy_block(name: str, figures: list[Figures]) -> str:
     """What a policy's page shows: all of its settings, in the order in which they were measured."""
     rows = []
@@ -40,8 +44,8 @@ def policy_block(name: str, figures: list[Figures]) -> str:
                     f"`{row['setting']}`",
                     f"{row['compute']:.3f}",
                     f"{row['time']:.2f}",
-                    f"{row['PSNR dB']:.1f}",
-                    f"{row['p10 dB']:.1f}",
+                    _decibels(row["PSNR dB"]),
+                    _decibels(row["p10 dB"]),
                     f"{row['SSIM']:.4f}",
                     f"{row['Frechet']:.2f}",
                     f"{row['class']:.3f}",
@@ -63,7 +67,7 @@ def policy_block(name: str, figures: list[Figures]) -> str:
 
 def best_at(rows: list[Figures], method: str, share: float) -> Figures | None:
     """The row of a method with the highest PSNR that computes at most `share`."""
-    able = [row for row in rows if row["method"] == method and row["compute"] <= share]
+    able = [r for r in rows if r["method"] == method and r["compute"] <= share and r["PSNR dB"] is not None]
     return max(able, key=lambda row: row["PSNR dB"], default=None)
 
 

@@ -44,7 +44,8 @@ def fidelity_figure(figures: dict[str, Any]) -> Figure:
     for family, (colour, methods) in FAMILIES.items():
         axes.plot([], [], " ", label=f"$\\bf{{{family.replace(' ', chr(92) + ' ')}}}$")
         for marker, method in zip(_MARKERS, methods, strict=False):
-            rows = [row for row in figures["rows"] if row["method"] == method and row["PSNR dB"] < _MOST_DB]
+            own = [row for row in figures["rows"] if row["method"] == method and row["PSNR dB"] is not None]
+            rows = [row for row in own if row["PSNR dB"] < _MOST_DB]
             if not rows:
                 continue
             axes.scatter(
