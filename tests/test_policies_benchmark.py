@@ -67,7 +67,7 @@ def test_fewer_steps_cost_their_share_and_nothing_is_kept(bench: Bench) -> None:
 
 
 def test_all_calls_of_the_extrapolation_are_the_uncached_run(bench: Bench) -> None:
-    assert bench.measure(Setting(method="extrapolated output", calls=6))["PSNR dB"] > 100
+    assert bench.measure(Setting(method="extrapolated output", calls=6))["PSNR dB"] is None
 
 
 def test_what_a_policy_refuses_is_an_error_of_the_row(bench: Bench) -> None:
