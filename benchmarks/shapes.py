@@ -104,7 +104,7 @@ def _compiled(original: models.Case, dynamic: bool | None, method: str, lowering
         backend = "inductor" if lowering == "inductor" else "aot_eager"
         model = torch.compile(original.model, backend=backend, dynamic=dynamic)
     else:
-        options = {"lowering": lowering, "profile_cache": False}
+        options = {"policy": "omnicache", "lowering": lowering, "profile_cache": False}
         model = torch.compile(original.model, backend="omnicache", dynamic=dynamic, options=options)
     return model  # type: ignore[no-any-return]
 

@@ -65,7 +65,8 @@ def measure_generations(case: Case, *, steps: int, repeats: int, speedups: tuple
     rows = []
     for speedup in speedups:
         torch._dynamo.config.recompile_limit = 32  # one model, compiled several ways in this process
-        compiled = torch.compile(case.model, backend="omnicache", options={"speedup": speedup, "profile_cache": False})
+        options = {"policy": "omnicache", "speedup": speedup, "profile_cache": False}
+        compiled = torch.compile(case.model, backend="omnicache", options=options)
         for seed in (0, 1):  # measured, then the first that follows the plan
             generate(compiled, case, seed=seed, steps=steps)
         plan = omnifx.plans(compiled)[0][1]

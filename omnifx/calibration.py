@@ -24,7 +24,7 @@ def calibrate(
     model: nn.Module,
     generate: Callable[[Any, int], object],
     *,
-    policy: str | Policy = "omnicache",
+    policy: str | Policy = "auto",
     runs: int = 1,
     save: str | Path | None = None,
     options: dict[str, Any] | None = None,
@@ -131,7 +131,7 @@ def merge(profiles: list[Profile]) -> Profile:
 def make_plan(
     profile: Profile,
     *,
-    policy: str | Policy = "omnicache",
+    policy: str | Policy = "auto",
     speedup: float | None = None,
     min_psnr: float | None = None,
 ) -> Plan:

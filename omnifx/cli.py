@@ -180,7 +180,7 @@ def calibrate(
     target: Annotated[str, typer.Argument(help="module:factory or file.py:factory returning (model, generate).")],
     out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("profile.safetensors"),
     runs: Annotated[int, typer.Option(help="Generations to measure; from 3 on, a third judges the corrections.")] = 1,
-    policy: Annotated[str, typer.Option(help="What the profile is for; see `omnifx policies`.")] = "omnicache",
+    policy: Annotated[str, typer.Option(help="What the profile is for; see `omnifx policies`.")] = "auto",
     lowering: Annotated[Lowering, typer.Option(help="How the measured generations run.")] = "inductor",
 ) -> None:
     """Measure ordinary generations of a model, each run in full, and write a profile to plan from.
@@ -212,7 +212,7 @@ def calibrate(
 @app.command()
 def plan(
     profile: Annotated[Path, typer.Argument(help="What `omnifx calibrate` wrote.")],
-    policy: Annotated[str, typer.Option(help="See `omnifx policies`.")] = "omnicache",
+    policy: Annotated[str, typer.Option(help="See `omnifx policies`.")] = "auto",
     speedup: Annotated[
         float | None, typer.Option(help="FLOPs uncached over planned; without it, the policy's default.")
     ] = None,

@@ -22,7 +22,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
-    policy: str | Policy = "omnicache"
+    policy: str | Policy = "auto"
     """A policy's name, or a policy object."""
     speedup: float | None = Field(default=None, ge=1.0)
     """Target ratio of compute: FLOPs of full steps over planned FLOPs; None: the policy's default."""

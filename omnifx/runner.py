@@ -414,7 +414,8 @@ class Runner:
     def _run(self, job: Job, args: list[Any]) -> Sequence[Any]:
         program, call, stream = self.program, job.call, job.call.stream
         computes = not reuses(job.row)
-        variant = self._compiled(self._full_spec(job) if computes else self._spec(job))
+        spec = self._full_spec(job) if computes else self._spec(job)
+        variant = self._full_variant(spec, job) if computes else self._compiled(spec)
         if call.stream.step == 0:
             for table in self._tables.values():
                 table.check(args)
@@ -422,7 +423,8 @@ class Runner:
         extra = self._extra_inputs(variant, job, args)
         outputs = variant.run([*args, *extra])
         outputs = self._apart(variant, job, outputs)
-        self._store_outputs(variant, job, outputs[program.num_outputs :])
+        labels = variant.extra_outputs if variant.spec == spec else ()
+        self._store_outputs(labels, job, outputs[program.num_outputs :][: len(labels)])
         noise = self._keep_noise(job, before, outputs)
         self._keep_history(job, args, outputs)
         if computes and program.names:
@@ -443,6 +445,16 @@ class Runner:
         if job.call.stream.homeless and job.sizes.allows(self._compiled(program.plain).guards):
             return program.plain
         return program.full(measures=False, kept=job.kept, selection=self._selection(job.call.stream))
+
+    def _full_variant(self, spec: VariantSpec, job: Job) -> Variant:
+        """A full step's graph. Where no cut is kept, one that was compiled to record them serves as well: what it
+        returns of them is dropped, and no second full graph is compiled."""
+        program = self.program
+        if spec == program.plain and spec not in program.variants:
+            for other in program.variants.values():
+                if not reuses(other.spec.row) and not other.extra_inputs and job.sizes.allows(other.guards):
+                    return other
+        return self._compiled(spec)
 
     def _before(self, job: Job, args: list[Any]) -> dict[int, Tensor]:
         """Before a full step: what reuse would have given, where the noise is wanted; then the old cuts are freed.
@@ -653,11 +665,11 @@ class Runner:
         variant.shares = any(isinstance(value, Tensor) and memory_of(value) in taken for value in given)
         return [v.clone() if isinstance(v, Tensor) and memory_of(v) in taken else v for v in given] + list(made)
 
-    def _store_outputs(self, variant: Variant, job: Job, extra: Sequence[Any]) -> None:
+    def _store_outputs(self, labels: Sequence[str], job: Job, extra: Sequence[Any]) -> None:
         """Hand new cuts to the stream, unless its cache was evicted meanwhile."""
         stream, program, part = job.call.stream, self.program, job.part
         made: dict[str, Tensor] = {}
-        for label, value in zip(variant.extra_outputs, extra, strict=True):
+        for label, value in zip(labels, extra, strict=True):
             kind, _, name = label.partition(":")
             if kind in ("score", "stamp"):
                 job.tokens[label] = value if program.lowering.owns_outputs else value.clone()

@@ -15,8 +15,8 @@ from omnifx.policy import Policy
 from omnifx.profile import Profile
 from omnifx.runlog import GenerationLog
 
-EAGER = {"lowering": "eager", "profile_cache": False}
-"""Options of most tests: no Inductor, and nothing kept on disk."""
+EAGER = {"lowering": "eager", "profile_cache": False, "policy": "omnicache"}
+"""Options of most tests: no Inductor, nothing kept on disk, and the policy whose steps tell most: it reuses and corrects."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -11,10 +11,23 @@ Without the reuse graph a step is a handful of elementwise operations, no cut is
 graph, and no branch needs to be found. With it, each step costs about 1 to 5% of a computed one.
 
 Source: ours. It contains as special cases: OmniCache's correction gamma q (arXiv:2508.16212), Taylor extrapolation
-(TaylorSeer, arXiv:2503.06923) of the whole output, and reuse (FORA, arXiv:2407.01425). Defaults were chosen on the
-trained digits models (DiT with DDIM; flow model with Euler, cfg 2; 50 and 20 steps, .4 and .24 to .3 of the steps
-computed) by PSNR to the uncached samples of 10 tuning seeds, which no table reports; see `benchmarks.frontier`.
-Cost: the search takes 1 to 3 s on the host for 50 steps, once for a profile; plans are kept in the user's cache.
+(TaylorSeer, arXiv:2503.06923) of the whole output, and reuse (FORA, arXiv:2407.01425).
+Defaults were chosen by an eager simulation on the trained digits models, calibrated on 8 samples: PSNR in dB to the
+uncached samples of 10 tuning seeds that no benchmark reports, at .4 / .3 (20 steps) and .4 / .24 (50 steps) of the
+steps computed.
+
+                                 DiT, 20      flow, 20     DiT, 50      flow, 50
+    doubt .5, landing 1          48.5 / 44.8  52.7 / 43.4  53.9 / 35.1  63.0 / 56.0
+    doubt 1, landing 1           48.6 / 45.2  52.7 / 43.4  56.7 / 45.6  62.4 / 56.7
+    doubt 2, landing 1           47.0 / 45.1  47.2 / 43.9  56.4 / 47.3  63.8 / 57.4
+    doubt 1, landing .5          48.5 / 45.5  52.4 / 44.6  55.6 / 50.5  61.9 / 55.5
+    doubt 1, landing 0           43.3 / 39.4  46.4 / 42.2  51.6 / 43.5  57.8 / 49.4
+    with the reuse graph         48.9 / 46.9  52.7 / 47.1  55.5 / 52.6  63.4 / 55.8
+    doubt .5, landing 1, evenly  45.9 / 34.5  48.8 / 38.3  50.4 / 34.8  57.9 / 49.5
+
+("Evenly": the same fit on full steps that are spread evenly, the last two among them.)
+Cost: the search takes 1 to 3 s on the host for 50 steps, up to 50 s for 250, once for a profile; plans are kept in the
+user's cache.
 """
 
 from __future__ import annotations
