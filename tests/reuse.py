@@ -16,7 +16,7 @@ from omnifx.profile import Profile
 from omnifx.runlog import GenerationLog
 
 EAGER = {"lowering": "eager", "profile_cache": False, "policy": "omnicache"}
-"""Options of most tests: no Inductor, nothing kept on disk, and the policy whose steps tell most: it reuses and corrects."""
+"""Options of most tests: no Inductor, nothing kept on disk, and a policy that reuses and corrects."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

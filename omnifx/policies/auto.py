@@ -7,8 +7,8 @@ not the single output, comes out right; which steps are computed is searched on 
 say of the final latents (`omnifx.forecast`). Neither costs a call of the model, so the first generation, which runs in
 full anyway, yields the plan.
 
-Without the reuse graph a step is a handful of elementwise operations, no cut is kept, computed steps run the plain
-graph, and no branch needs to be found. With it, each step costs about 1 to 5% of a computed one.
+Without the reuse graph a step is a handful of elementwise operations, no cut is kept, and computed steps run the plain
+graph (or, in the process that recorded, the one that did). With it, each step costs about 1 to 5% of a computed one.
 
 Source: ours. It contains as special cases: OmniCache's correction gamma q (arXiv:2508.16212), Taylor extrapolation
 (TaylorSeer, arXiv:2503.06923) of the whole output, and reuse (FORA, arXiv:2407.01425).
