@@ -1,6 +1,6 @@
 """Measured time against plain ``torch.compile``: whole generations, one full step, and compilation.
 
-    python -m benchmarks.speed [--models pixart dit] [--batches 2 1] [--steps 50]
+    python -m benchmarks.speed [--models pixart dit] [--batches 2 1] [--policies auto omnicache] [--steps 50]
         [--repeats 7] [--threads 1] [--out FILE]
 
 Generations are timed in turn (plain, omnifx, plain, ...) in one process, step by step. A generation's time is the sum
@@ -31,6 +31,8 @@ import torch
 import omnifx
 from benchmarks.models import CASES, Case, generate
 from benchmarks.results import save, table
+from omnifx.plan import SKIP
+from omnifx.policies.auto import Auto
 from omnifx.session import find_session
 
 
@@ -58,14 +60,16 @@ def in_turn(plain: Any, ours: Any, case: Case, *, steps: int, repeats: int) -> t
     return base, other
 
 
-def measure_generations(case: Case, *, steps: int, repeats: int, speedups: tuple[float, ...]) -> list[dict[str, Any]]:
+def measure_generations(
+    case: Case, *, policy: str, steps: int, repeats: int, speedups: tuple[float, ...]
+) -> list[dict[str, Any]]:
     """Plain and omnifx generations in turn."""
     plain = torch.compile(case.model)
     generate(plain, case, seed=0, steps=2)
     rows = []
     for speedup in speedups:
         torch._dynamo.config.recompile_limit = 32  # one model, compiled several ways in this process
-        options = {"policy": "omnicache", "speedup": speedup, "profile_cache": False}
+        options = {"policy": policy, "speedup": speedup, "profile_cache": False}
         compiled = torch.compile(case.model, backend="omnicache", options=options)
         for seed in (0, 1):  # measured, then the first that follows the plan
             generate(compiled, case, seed=seed, steps=steps)
@@ -73,11 +77,12 @@ def measure_generations(case: Case, *, steps: int, repeats: int, speedups: tuple
         base, ours = in_turn(plain, compiled, case, steps=steps, repeats=repeats)
         log = omnifx.stats(compiled)
         measured = sum(base) / sum(ours)
-        reuses = [step.variant.startswith("reuse") for step in log.generations[-1].steps]
+        reuses = [not step.variant.startswith("full") for step in log.generations[-1].steps]
         rows.append(
             {
                 "model": case.name,
                 "batch": case.batch,
+                "policy": policy,
                 "asked": speedup,
                 "steps": steps,
                 "full/reuse": f"{steps - plan.num_reuse_steps}/{plan.num_reuse_steps}",
@@ -125,7 +130,7 @@ def measure_full_step(case: Case, *, repeats: int, steps: int = 10) -> list[dict
 def measure_compilation(name: str) -> list[dict[str, Any]]:
     """CPU seconds from the first call to its result, in fresh processes with empty caches; importing is not counted."""
     rows: list[dict[str, Any]] = []
-    for mode in ("plain", "fora", "omnicache"):
+    for mode in ("plain", "fora", "omnicache", "auto"):
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
             command = [sys.executable, "-m", "benchmarks.speed", "--compile-one", name, mode]
@@ -153,6 +158,10 @@ def compile_one(name: str, mode: str) -> None:
         for program in [runner.program for runner in find_session(compiled).runners]:
             for corrects in (False, True):
                 program.variant(program.reusing(program.reuse_row, corrects=corrects))
+    if mode == "auto":  # what records was compiled; likewise both kinds of steps that are not computed
+        for program in [runner.program for runner in find_session(compiled).runners]:
+            for row, noise in ((program.reuse_row, True), ((SKIP,) * len(program.names), False)):
+                program.variant(program.reusing(row, corrects=False, combines=Auto().history, combines_noise=noise))
     torch._inductor.async_compile.shutdown_compile_workers()  # so that their time is counted
     print(_cpu_seconds() - before)
 
@@ -167,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["pixart", "dit"], choices=sorted(CASES))
     parser.add_argument("--batches", nargs="+", type=int, default=[2, 1])
+    parser.add_argument("--policies", nargs="+", default=["auto", "omnicache"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--step-repeats", type=int, default=9)
@@ -184,9 +194,10 @@ def main() -> None:
         for case in (CASES[name](batch=batch) for batch in args.batches):
             torch._dynamo.reset()  # else another batch makes every size after it dynamic
             if "generations" in figures:
-                figures["generations"] += measure_generations(
-                    case, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5)
-                )
+                for policy in args.policies:
+                    figures["generations"] += measure_generations(
+                        case, policy=policy, steps=args.steps, repeats=args.repeats, speedups=(2.0, 2.5)
+                    )
             if "full" in figures:
                 figures["full"] += measure_full_step(case, repeats=args.step_repeats)
         if "compilation" in figures:
