@@ -336,7 +336,7 @@ def test_a_model_is_calibrated_and_planned(tmp_path):
     shown = run("calibrate", f"{script}:make", "--out", out, "--lowering", "eager").output
 
     assert "1 run(s) of 9 steps" in shown
-    assert "omnicache: 9 steps" in run("plan", out, "--speedup", 1.2).output
+    assert "auto: 9 steps" in run("plan", out, "--speedup", 1.2).output
 
 
 def test_a_policy_that_decides_at_run_time_is_calibrated_and_not_planned(tmp_path):

@@ -20,7 +20,7 @@ def test_everything_is_optional() -> None:
 
     assert options == Options.parse({})
     assert (options.policy, options.speedup, options.lowering, options.cache_budget) == (
-        "omnicache",
+        "auto",
         None,
         "inductor",
         None,
