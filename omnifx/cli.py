@@ -106,7 +106,7 @@ def demo(
         f"seconds: median of {repeats} generations of {samples} samples, ways taking turns, compiling left out. "
         "Frechet distance falls with the number of samples: compare it within this table.\n"
         f"{escape(result.plan.timeline())}\n"
-        "F full, r reuse, c reuse with corrected output",
+        "F full, r reuse, c reuse with corrected output, a reuse combined with older outputs, s older outputs combined",
         highlight=False,
     )
     console.print(f"wrote in {result.seconds:.0f} s:", highlight=False)
