@@ -21,7 +21,7 @@ from omnifx.policies.fora import Fora
 from omnifx.session import find_session
 from tests.combining import Combined, CombinedReference, generate, sampling
 from tests.profiles import make_profile
-from tests.toys import EAGER, TINY, Tiny, ToyDiT, distance, free_toy, letters_of, lively, noise, toy
+from tests.toys import EAGER, TINY, Tiny, ToyDiT, distance, free_toy, letters_of, lively, noise, toy, toy_in_parts
 
 OUTPUTS = Combination(outputs=(1.4, -0.4))
 LATENTS = Combination(outputs=(1.2, -0.2), latents=(0.3, -0.15))
@@ -30,15 +30,6 @@ ALL = Combination(reuse=0.6, noise=-0.4, outputs=(0.5, -0.1), latents=(0.2, 0.1)
 LETTERS = "FFasFasF"
 KNOWN = {2: ALL, 3: LATENTS, 5: Combination(reuse=0.8, noise=0.5, outputs=(0.2,)), 6: OUTPUTS}
 """Reuse and skips behind two full steps, then behind a third one."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_toy(model: nn.Module | None = None, *, batch: int = 1) -> Tiny:
@@ -459,13 +450,7 @@ def test_a_history_evicted_after_the_decision_to_combine_it_is_never_read_as_zer
 
 
 def test_a_model_with_a_graph_break_runs_combined_steps_in_full_and_says_why() -> None:
-    class Broken(ToyDiT):
-        def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:
-            torch._dynamo.graph_break()
-            return super().forward(x, t, y, text)
-
-    model = Broken(2)
-    model.load_state_dict(toy().state_dict())
+    model = toy_in_parts()
     tiny = tiny_toy(model)
     fast = compiled(model)
     for seed in (100, 101):

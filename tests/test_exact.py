@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,15 +30,6 @@ def tiny_toy() -> Tiny:
 
 MODELS: dict[str, Callable[[], Tiny]] = {"toy": tiny_toy, **TINY}
 QUICK = ("dit", "pixart")  # with Inductor; the others take their time
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

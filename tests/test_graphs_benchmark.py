@@ -3,19 +3,9 @@
 import copy
 
 import pytest
-import torch
 
 from benchmarks import graphs, models
 from benchmarks.graphs import CASES, CORRECTED, METHODS, Case, Uncached, broken_bounds, empty_row, main, measure, shown
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from omnifx.profile import Profile
 from omnifx.session import find_session
 from tests.policies.following import Hooked
 from tests.profiles import make_profile
-from tests.toys import EAGER, Pattern, ToyDiT, distance, generate, letters_of, sampling, toy
+from tests.toys import EAGER, Pattern, ToyDiT, distance, generate, letters_of, sampling, toy, toy_in_parts
 
 STEPS = 9
 
@@ -167,13 +167,7 @@ def test_with_inductor_a_generation_is_the_same() -> None:
 
 
 def test_a_model_with_a_graph_break_predicts_in_all_of_its_parts() -> None:
-    class Broken(ToyDiT):
-        def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:
-            torch._dynamo.graph_break()
-            return super().forward(x, t, y, text)
-
-    model = Broken(2)
-    model.load_state_dict(toy().state_dict())
+    model = toy_in_parts()
     fast = compiled(model, Predicted())
     for seed in (100, 101):
         with omnifx.generation(fast):

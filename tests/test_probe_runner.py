@@ -24,7 +24,7 @@ from omnifx.policies.teacache import TeaCache
 from omnifx.runlog import GenerationLog
 from omnifx.session import find_session
 from tests.runtime import EagerBlocks, letters
-from tests.toys import EAGER, ToyDiT, distance, free_toy, generate, noise, sampling, toy
+from tests.toys import EAGER, distance, free_toy, generate, noise, sampling, toy, toy_in_parts
 
 STEPS = 12
 ALWAYS = FirstBlockCache(threshold=1e9)
@@ -208,12 +208,7 @@ def test_models_without_what_a_policy_needs_run_in_full_and_the_user_is_told() -
 
 
 def test_a_broken_graph_is_told_as_such() -> None:
-    class Broken(ToyDiT):
-        def forward(self, x: Any, t: Any, y: Any, text: Any = None) -> Any:
-            torch._dynamo.graph_break()
-            return super().forward(x, t, y, text)
-
-    model = Broken(2)
+    model = toy_in_parts()
     with pytest.warns(OmnifxWarning, match="needs the step as one graph"):
         image = generate(compiled(model), seed=0, steps=4)
 

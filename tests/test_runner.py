@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ STEPS = 7
 PLAN = "FrrFrrF"
 FULL = "F" * STEPS
 TEXT = 1000  # wide enough for text to count as a large input: 5 x 1000 elements
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def compiled(model: ToyDiT, pattern: str = "Frr", **options: Any) -> Any:

@@ -150,6 +150,21 @@ def toy(num_blocks: int = 2, *, text: int = 0, seed: int = 0) -> ToyDiT:
     return model
 
 
+class ToyInParts(ToyDiT):
+    """A toy whose graph breaks before it begins, so that it is captured in parts."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x, t, y, text)
+
+
+def toy_in_parts(num_blocks: int = 2) -> ToyInParts:
+    """The toy of so many blocks, with a graph break."""
+    model = ToyInParts(num_blocks)
+    model.load_state_dict(toy(num_blocks).state_dict())
+    return model
+
+
 def toy_inputs(batch: int = 1, *, text: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
     """Arguments of one call of the toy."""
     given = (noise(batch, 5, text, seed=7),) if text else ()
