@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -32,7 +32,7 @@ import omnifx
 from benchmarks.models import CASES, Case, generate
 from benchmarks.results import save, table
 from omnifx.plan import SKIP
-from omnifx.policies.auto import Auto
+from omnifx.policies.auto import Auto, Kind
 from omnifx.session import find_session
 
 
@@ -60,6 +60,10 @@ def in_turn(plain: Any, ours: Any, case: Case, *, steps: int, repeats: int) -> t
     return base, other
 
 
+_POLICIES = {f"auto-{network}": Auto(network=network) for network in get_args(Kind)}
+"""What `--policies` takes beside the names of policies: what `auto` runs where it does not compute a step."""
+
+
 def measure_generations(
     case: Case, *, policy: str, steps: int, repeats: int, speedups: tuple[float, ...]
 ) -> list[dict[str, Any]]:
@@ -69,7 +73,7 @@ def measure_generations(
     rows = []
     for speedup in speedups:
         torch._dynamo.config.recompile_limit = 32  # one model, compiled several ways in this process
-        options = {"policy": policy, "speedup": speedup, "profile_cache": False}
+        options = {"policy": _POLICIES.get(policy, policy), "speedup": speedup, "profile_cache": False}
         compiled = torch.compile(case.model, backend="omnicache", options=options)
         for seed in (0, 1):  # measured, then the first that follows the plan
             generate(compiled, case, seed=seed, steps=steps)
