@@ -1,7 +1,7 @@
 """What a comparison found: uncached generations against ways to make them cheaper, on the same seeds.
 
 A folder holds ``results.json`` and, for each case that kept samples, ``<case>.safetensors``. `omnifx bench` and
-``benchmarks/frontier.py`` write such folders, `omnifx report` draws them. Neither file holds code, and no path in them is
+``benchmarks/frontier.py`` write such folders, `omnifx report` draws them. Neither file holds code, nor a path that is
 followed.
 """
 

@@ -50,7 +50,7 @@ def test_samples_may_be_missing_but_not_broken(tmp_path: Path) -> None:
     found.save(tmp_path)
     assert found.samples_of(tmp_path, found.cases[0]) == {}
     (tmp_path / "toy.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ResultsError, match="toy.safetensors is corrupt"):
+    with pytest.raises(ResultsError, match=r"toy\.safetensors is corrupt"):
         found.samples_of(tmp_path, found.cases[0])
 
 
@@ -82,10 +82,13 @@ def test_refuses_names_that_leave_the_folder(tmp_path: Path) -> None:
 
 
 def test_value_needs_finite_figures() -> None:
-    assert Value.of([1.0, float("inf")]) is None and Value.of([]) is None
+    assert Value.of([1.0, float("inf")]) is None
+    assert Value.of([]) is None
     assert Value.of([2.0]) == Value(mean=2.0, spread=None, sets=(2.0,))
     both = Value.of([1.0, 3.0])
-    assert both is not None and both.mean == 2.0 and both.spread == pytest.approx(2**0.5)
+    assert both is not None
+    assert both.mean == 2.0
+    assert both.spread == pytest.approx(2**0.5)
 
 
 def test_name_of_text() -> None:
