@@ -93,6 +93,7 @@ def page_of(results: Results, samples: Mapping[str, Mapping[str, Tensor]] | None
         paths=SHAPES,
         MOST_PLANS=MOST_PLANS,
         data_uri=data_uri,
+        number_text=verdicts.number_text,
         value_text=verdicts.value_text,
         lead_text=verdicts.lead_text,
         share_text=verdicts.share_text,

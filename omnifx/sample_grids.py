@@ -50,6 +50,8 @@ class Grid:
     """What differences are multiplied by."""
     side: int
     """Of a sample as shown, in pixels."""
+    colour: bool
+    """Whether samples have three channels."""
     notes: tuple[str, ...]
 
 
@@ -91,7 +93,7 @@ def grid_of(case: Case, samples: Mapping[str, Tensor]) -> Grid | None:
     strips += [
         Strip(row, picture(images), _tiled(_signed(differences[key] * factor))) for key, (row, images) in shown.items()
     ]
-    return Grid(tuple(strips), factor, max(base.shape[-2:]), _notes(first, base))
+    return Grid(tuple(strips), factor, max(base.shape[-2:]), base.shape[2] == 3, _notes(first, base))
 
 
 def factor_of(differences: Iterable[Tensor]) -> int:
