@@ -1,6 +1,6 @@
-"""Charts of a comparison as data, and where their parts lie: a page draws them as SVG, `results_figures` with matplotlib.
+"""Charts of a comparison as data, and where their parts lie: a page draws them as SVG, a document with matplotlib.
 
-A method has one look in all charts of a case: its group has a colour, and its mark tells it from the others of the group.
+A method has one look in all charts of a case: its group has a colour, and its mark tells it from others of the group.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from omnifx.results import Case, Metric, Results, Row, Value
 from omnifx.verdicts import (
     FAMILIES,
-    best_by_method,
+    best_at_shares,
     leading,
     number_text,
     share_text,
-    shares_of,
     uncached_of,
     value_text,
 )
@@ -262,7 +261,7 @@ def _frontier_chart(case: Case, metric: Metric, ranks: Metric, axis: Axis) -> Ch
     for method, look in looks_of(case).items():
         own = sorted((row for row in rows if row.method == method), key=cost)
         through = frontier(own, ranks, cost)
-        marks = [_mark(row, metric, cost(row), axis, joined=any(row is r for r in through)) for row in own]
+        marks = [_mark(row, metric, cost(row), joined=any(row is r for r in through)) for row in own]
         if marks:
             lines.append(Line(look, tuple(marks), method))
     uncached = uncached_of(case)
@@ -285,29 +284,31 @@ def _frontier_chart(case: Case, metric: Metric, ranks: Metric, axis: Axis) -> Ch
     )
 
 
-def _mark(row: Row, metric: Metric, x: float, axis: Axis, *, joined: bool) -> Mark:
+def _mark(row: Row, metric: Metric, x: float, *, joined: bool) -> Mark:
     value = row.metrics[metric.name]
+    figure = f"{metric.name} {value_text(value, metric)} {metric.unit}".rstrip()
     time = f", {row.time:.2f} of the time" if row.time is not None else ""
-    title = (
-        f"{row.method}{', ' if row.setting else ''}{row.setting}: {metric.name} {value_text(value, metric)} {metric.unit}"
-    ).rstrip()
-    return Mark(x, value.mean, value.spread or 0.0, f"{title} at {share_text(row.compute)} of the compute{time}", joined)
+    title = f"{_name_of(row)}: {figure} at {share_text(row.compute)} of the compute{time}"
+    return Mark(x, value.mean, value.spread or 0.0, title, joined)
+
+
+def _name_of(row: Row) -> str:
+    return f"{row.method}, {row.setting}" if row.setting else row.method
 
 
 def _at_shares(
     case: Case, results: Results, points: Callable[[Row], list[tuple[float, float]]], labels: tuple[str, str, str]
 ) -> list[Chart]:
     """A chart for each share: the best row of each method there, where it has points to draw."""
-    metric, looks, charts = leading(results), looks_of(case), []
+    looks, charts = looks_of(case), []
     x_label, y_label, end = labels
-    for share in shares_of(case) if metric is not None else ():
+    for share, best in best_at_shares(case, results).items():
         lines = []
-        for method, row in best_by_method(case, share, metric).items() if metric is not None else ():
+        for method, row in best.items():
             marks = tuple(Mark(x, y) for x, y in points(row) if y > 0)
             if marks:
-                last = number_text(marks[-1].y)
-                title = f"{method}{', ' if row.setting else ''}{row.setting}, {share_text(row.compute)} of the compute"
-                lines.append(Line(looks[method], marks, f"{title}: {last} {end}"))
+                title = f"{_name_of(row)}, {share_text(row.compute)} of the compute: {number_text(marks[-1].y)} {end}"
+                lines.append(Line(looks[method], marks, title))
         if lines:
             title = f"At {share_text(share)} of the compute"
             charts.append(Chart(title, "lower is better", x_label, y_label, tuple(lines), log=True, dots=False))

@@ -240,7 +240,7 @@ def report(
         Path | None, typer.Option(help="Write the tables into this page of Markdown, between marks of their own.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit status 1 if the page of Markdown differs.")
+        bool, typer.Option("--check", help="Write nothing; fail if the page of Markdown differs.")
     ] = False,
 ) -> None:
     """Who is ahead at which share of the compute: a comparison as tables, as a page, or as figures for documents."""

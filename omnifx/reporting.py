@@ -24,7 +24,7 @@ Samples = Mapping[str, Mapping[str, Tensor]]
 
 def show(results: Results, console: Console) -> None:
     """Print the tables of all cases."""
-    everything = []
+    everything: list[verdicts.Verdict] = []
     for case in results.cases:
         console.print(f"\n[bold]{escape(case.title)}[/]: {escape(case.model)}, {escape(case.sampler)}", highlight=False)
         found = verdicts.verdicts_of(case, results)
@@ -81,11 +81,11 @@ def samples_of(results: Results, folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def page_with(results: Results, samples: Samples, markdown: Path, figures: Path | None) -> str:
     """The page of Markdown with the block of these results; links to figures are relative to it."""
-    links: dict[str, list[str]] = {}
+    links: dict[str, dict[str, str]] = {}
     if figures is not None:
         base = Path(os.path.relpath(figures, markdown.parent))
         for case in results.cases:
             names = drawings_of(case, results, samples.get(case.name, {}))
-            links[case.name] = [(base / figure_name(case, name)).as_posix() for name in names]
+            links[case.name] = {name: (base / figure_name(case, name)).as_posix() for name in names}
     page = markdown.read_text(encoding="utf-8") if markdown.is_file() else f"# {results.title}\n"
     return with_block(page, markdown_of(results, links), block_name(results))

@@ -73,9 +73,7 @@ def save_figures(results: Results, samples: Mapping[str, Mapping[str, Tensor]], 
     ]
 
 
-def _charts_figure(
-    case: Case, plots: Sequence[Plot], *, columns: int = _COLUMNS, titles: Sequence[str] = ()
-) -> Figure:
+def _charts_figure(case: Case, plots: Sequence[Plot], *, columns: int = _COLUMNS, titles: Sequence[str] = ()) -> Figure:
     columns = min(columns, len(plots))
     rows = -(-len(plots) // columns)
     figure = _figure(columns * _CHART[0] + _LEGEND, rows * _CHART[1] + 0.4)
@@ -147,7 +145,9 @@ def _handles(looks: Mapping[str, Look]) -> list[Any]:
     for group in dict.fromkeys(look.group for look in looks.values()):
         handles.append(Line2D([], [], ls="", label=_literal(f"{group}:")))
         own = [look for look in looks.values() if look.group == group]
-        handles += [Line2D([], [], label=_literal(look.method.removeprefix(f"{group} ")), **_style(look)) for look in own]
+        handles += [
+            Line2D([], [], label=_literal(look.method.removeprefix(f"{group} ")), **_style(look)) for look in own
+        ]
     return handles
 
 

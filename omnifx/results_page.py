@@ -119,7 +119,7 @@ def view_of(case: Case, results: Results, samples: Mapping[str, Tensor]) -> Case
     groups: dict[str, list[Look]] = {}
     for look in looks.values():
         groups.setdefault(look.group, []).append(look)
-    plans, ticks = plan_groups(case, results), timelines.axis_of(case)
+    plans, axis = plan_groups(case, results), timelines.axis_of(case)
     return CaseView(
         case=case,
         verdicts=found,
@@ -133,43 +133,31 @@ def view_of(case: Case, results: Results, samples: Mapping[str, Tensor]) -> Case
         methods=best_rows(case, results),
         plans=plans,
         letters=timelines.letters_in([strip.row for group in plans for strip in group.strips]),
-        ticks=_ticks(case, ticks),
-        axis="timestep" if ticks else "step",
+        ticks=_ticks(case, axis),
+        axis="timestep" if axis else "step",
         grid=grid_of(case, samples),
     )
 
 
 def best_rows(case: Case, results: Results) -> dict[str, dict[float, Row]]:
     """For each method, in the order of the legend, its best row at each share where it has one."""
-    metric = verdicts.leading(results)
-    found: dict[str, dict[float, Row]] = {method: {} for method in charts.looks_of(case)}
-    for share in verdicts.shares_of(case) if metric is not None else ():
-        for method, row in verdicts.best_by_method(case, share, metric).items() if metric is not None else ():
-            found[method][share] = row
+    best = verdicts.best_at_shares(case, results)
+    found = {
+        method: {share: rows[method] for share, rows in best.items() if method in rows}
+        for method in charts.looks_of(case)
+    }
     return {method: rows for method, rows in found.items() if rows}
 
 
 def plan_groups(case: Case, results: Results) -> tuple[PlanGroup, ...]:
     """Timelines of the best rows at each share, then of all others that have one."""
-    metric, axis = verdicts.leading(results), timelines.axis_of(case)
-
-    def strips(rows: Sequence[Row]) -> tuple[PlanStrip, ...]:
-        return tuple(
-            PlanStrip(
-                row,
-                timelines.cells_of(row.timeline, axis, case.steps),
-                tuple(Counter(row.timeline.steps).most_common()),
-            )
-            for row in rows
-            if row.timeline is not None and row.timeline.steps
-        )
-
-    groups, seen = [], set()
-    for share in verdicts.shares_of(case) if metric is not None else ():
-        rows = list(verdicts.best_by_method(case, share, metric).values()) if metric is not None else []
-        groups.append(PlanGroup(f"At {verdicts.share_text(share)} of the compute", strips(rows)))
-        seen |= {id(row) for row in rows}
-    groups.append(PlanGroup("Other settings" if seen else "Plans", strips([r for r in case.rows if id(r) not in seen])))
+    axis, seen, groups = timelines.axis_of(case), set[int](), []
+    for share, best in verdicts.best_at_shares(case, results).items():
+        title = f"At {verdicts.share_text(share)} of the compute"
+        groups.append(PlanGroup(title, _strips(case, axis, list(best.values()))))
+        seen |= {id(row) for row in best.values()}
+    others = [row for row in case.rows if id(row) not in seen]
+    groups.append(PlanGroup("Others" if seen else "Plans", _strips(case, axis, others)))
     return tuple(group for group in groups if group.strips)
 
 
@@ -185,6 +173,15 @@ SHAPES = {
 """Outlines of the marks of `charts.SHAPES`, around (0, 0), in pixels."""
 
 
+def _strips(case: Case, axis: Sequence[float], rows: Sequence[Row]) -> tuple[PlanStrip, ...]:
+    found = []
+    for row in rows:
+        if row.timeline is not None and row.timeline.steps:
+            cells = timelines.cells_of(row.timeline, axis, case.steps)
+            found.append(PlanStrip(row, cells, tuple(Counter(row.timeline.steps).most_common())))
+    return tuple(found)
+
+
 def _plots(found: Sequence[Chart], *, together: bool = False) -> tuple[Plot, ...]:
     return tuple(charts.plot_of(chart, found if together else ()) for chart in found)
 
@@ -198,5 +195,3 @@ def _letter_class(letter: str) -> str:
     """A class name for a letter; unknown ones share a look."""
     known = list(timelines.LETTERS)
     return f"t{known.index(letter)}" if letter in known else "other"
-
-

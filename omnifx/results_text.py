@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omnifx import charts, verdicts
 from omnifx.markdown import grid, plain
-from omnifx.results import Case, Results, Row, name_of
+from omnifx.results import Case, Metric, Results, Row, name_of
 from omnifx.verdicts import FAMILIES, RIVALS, Guard, Rival, Verdict, share_text
 
 
@@ -25,7 +25,7 @@ def tables_of(case: Case, results: Results) -> list[TextTable]:
     found = verdicts.verdicts_of(case, results)
     if not found:
         return [_all_rows(case, results)]
-    return [_verdict_table(found), _method_table(case, found)]
+    return [_verdict_table(found), _method_table(case, results, found[0].metric)]
 
 
 def caption_of(results: Results) -> str:
@@ -42,21 +42,22 @@ def block_name(results: Results) -> str:
     return f"omnifx report {name_of(results.title)}"
 
 
-def markdown_of(results: Results, figures: Mapping[str, Sequence[str]] | None = None) -> str:
+def markdown_of(results: Results, figures: Mapping[str, Mapping[str, str]] | None = None) -> str:
     """The tables as Markdown, with figures and what a reader needs to repeat the run.
 
     Args:
         results: What was found.
-        figures: For each case, by its name, addresses of pictures to show.
+        figures: For each case, by its name, pictures to show: what they are, and their addresses.
     """
     everything = [verdict for case in results.cases for verdict in verdicts.verdicts_of(case, results)]
     parts = [caption_of(results), plain(verdicts.tally_text(verdicts.tally(everything)))]
     for case in results.cases:
         parts += [f"## {plain(case.title)}", f"{plain(case.model)}, {plain(case.sampler)}, {case.steps} steps."]
-        parts += [f"![{plain(case.title)}]({address})" for address in (figures or {}).get(case.name, ())]
+        pictures = (figures or {}).get(case.name, {})
+        parts += [f"![{plain(case.title)}: {what}]({address})" for what, address in pictures.items()]
         for table in tables_of(case, results):
             rows = [[plain(cell) for cell in row] for row in table.rows]
-            parts += [f"**{table.title}**", grid([plain(cell) for cell in table.head], rows)]
+            parts += [f"**{plain(table.title)}**", grid([plain(cell) for cell in table.head], rows)]
         parts += [f"Seeds: {'; '.join(f'{plain(k)}: {plain(v)}' for k, v in case.seeds.items())}."] * bool(case.seeds)
         if case.refused:
             reasons = [f"- {plain(name)}: {plain(reason)}" for name, reason in case.refused.items()]
@@ -95,9 +96,8 @@ def _verdict_table(found: Sequence[Verdict]) -> TextTable:
     return TextTable(f"{metric.name}{unit}", (*head, *["guards"] * guards, "verdict"), tuple(rows))
 
 
-def _method_table(case: Case, found: Sequence[Verdict]) -> TextTable:
-    metric = found[0].metric
-    best = {verdict.share: verdicts.best_by_method(case, verdict.share, metric) for verdict in found}
+def _method_table(case: Case, results: Results, metric: Metric) -> TextTable:
+    best = verdicts.best_at_shares(case, results)
     rows = []
     for method in charts.looks_of(case):
         own = [best[share].get(method) for share in best]

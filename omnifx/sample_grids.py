@@ -65,34 +65,21 @@ def grid_of(case: Case, samples: Mapping[str, Tensor]) -> Grid | None:
     Raises: ResultsError if the samples of a row have another shape than the uncached ones, or are no images.
     """
     plain = uncached_of(case)
-    if plain is None or plain.samples not in samples:
+    first = samples.get(plain.samples or "") if plain is not None else None
+    if plain is None or first is None:
         return None
-    first = samples[plain.samples]
     if first.ndim not in (4, 5) or not first.numel():
         raise ResultsError(
             f"case {case.name}: samples {plain.samples!r} have shape {list(first.shape)}, expected [N, C, H, W] or "
             "[N, C, T, H, W], none of them 0. Measure them anew."
         )
-    base, shown = _shown(first), {}
-    for row in _in_order(case):
-        if row.samples in samples and row.family != "uncached":
-            if samples[row.samples].shape != first.shape:
-                raise ResultsError(
-                    f"case {case.name}: samples {row.samples!r} have shape {list(samples[row.samples].shape)}, the "
-                    f"uncached ones {list(first.shape)}. Measure both with the same seeds."
-                )
-            shown[row.samples] = (row, _shown(samples[row.samples]))
-    scale = 2 / case.data_range
-    differences = {key: (images - base) * scale for key, (_, images) in shown.items()}
-    factor = factor_of(differences.values())
-
-    def picture(images: Tensor) -> Any:
-        return _tiled(_coloured((images - case.lowest) / case.data_range))
-
-    strips = [Strip(plain, picture(base), None)]
-    strips += [
-        Strip(row, picture(images), _tiled(_signed(differences[key] * factor))) for key, (row, images) in shown.items()
-    ]
+    base = _shown(first)
+    shown = [(row, _shown(own)) for row in _in_order(case) if (own := _samples(case, row, samples, first)) is not None]
+    differences = [(images - base) * (2 / case.data_range) for _, images in shown]
+    factor = factor_of(differences)
+    strips = [Strip(plain, _picture(base, case), None)]
+    for (row, images), difference in zip(shown, differences, strict=True):
+        strips.append(Strip(row, _picture(images, case), _tiled(_signed(difference * factor))))
     return Grid(tuple(strips), factor, max(base.shape[-2:]), base.shape[2] == 3, _notes(first, base))
 
 
@@ -118,8 +105,23 @@ def data_uri(picture: Any) -> str:
 
 
 def _in_order(case: Case) -> list[Row]:
-    order = {"ours": 0, "peer": 1, "solver": 2, "policy": 3, "uncached": 4}
-    return sorted(case.rows, key=lambda row: (-(row.target or 0.0), order[row.family]))
+    order = {"ours": 0, "peer": 1, "solver": 2, "policy": 3}
+    rows = [row for row in case.rows if row.family != "uncached"]
+    return sorted(rows, key=lambda row: (-(row.target or 0.0), order[row.family]))
+
+
+def _samples(case: Case, row: Row, samples: Mapping[str, Tensor], first: Tensor) -> Tensor | None:
+    found = samples.get(row.samples or "")
+    if found is not None and found.shape != first.shape:
+        raise ResultsError(
+            f"case {case.name}: samples {row.samples!r} have shape {list(found.shape)}, the uncached ones "
+            f"{list(first.shape)}. Measure both with the same seeds."
+        )
+    return found
+
+
+def _picture(images: Tensor, case: Case) -> Any:
+    return _tiled(_coloured((images - case.lowest) / case.data_range))
 
 
 def _shown(samples: Tensor) -> Tensor:
@@ -136,7 +138,8 @@ def _shown(samples: Tensor) -> Tensor:
         return found
     ratio = LARGEST / max(height, width)
     size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    return functional.interpolate(found.flatten(0, 1), size=size, mode="area").unflatten(0, found.shape[:2])
+    reduced: Tensor = functional.interpolate(found.flatten(0, 1), size=size, mode="area")
+    return reduced.view(*found.shape[:3], *size)
 
 
 def _notes(samples: Tensor, shown: Tensor) -> tuple[str, ...]:
@@ -164,8 +167,8 @@ def _signed(differences: Tensor) -> Tensor:
     differences = differences.nan_to_num(1.0).clamp(-1, 1)
     if differences.shape[2] == 3:
         return _coloured(0.5 + differences / 2)
-    ends = [torch.tensor(colour).view(1, 1, 3, 1, 1) for colour in (_RED, _BLUE)]
-    colours = torch.where(differences > 0, *ends)
+    red, blue = (torch.tensor(colour).view(1, 1, 3, 1, 1) for colour in (_RED, _BLUE))
+    colours = torch.where(differences > 0, red, blue)
     return torch.cat([colours, differences.abs()], dim=2)
 
 

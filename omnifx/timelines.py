@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from omnifx.results import Case, Row, Timeline
 
@@ -52,8 +53,8 @@ def axis_of(case: Case) -> Sequence[float]:
 def cells_of(timeline: Timeline, axis: Sequence[float], steps: int) -> tuple[Cell, ...]:
     """The steps of a timeline on an axis from 0 to `steps`.
 
-    Where timesteps are known, a step begins where its timestep lies among those of `axis`, and lasts until the next one;
-    otherwise all steps are equally long.
+    Where timesteps are known, a step begins where its timestep lies among those of `axis`, and lasts until the next
+    one; otherwise all steps are equally long.
     """
     number = len(timeline.steps)
     known = len(timeline.timesteps) == number and len(axis) == steps and _falls(timeline.timesteps)
@@ -70,16 +71,16 @@ def letters_in(rows: Sequence[Row]) -> dict[str, Letter]:
     """The letters that these rows have, in the order of `LETTERS`."""
     seen = {letter for row in rows if row.timeline is not None for letter in row.timeline.steps}
     known = {letter: look for letter, look in LETTERS.items() if letter in seen}
-    return known | {letter: OTHER for letter in sorted(seen - set(LETTERS))}
+    return known | dict.fromkeys(sorted(seen - set(LETTERS)), OTHER)
 
 
 def _falls(timesteps: Sequence[float]) -> bool:
-    return all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    return all(a > b for a, b in pairwise(timesteps))
 
 
 def _place(timestep: float, axis: Sequence[float]) -> float:
     """Where a timestep lies among falling ones, in steps; linear in between and beyond the last."""
-    for i, (high, low) in enumerate(zip(axis, axis[1:], strict=False)):
+    for i, (high, low) in enumerate(pairwise(axis)):
         if timestep >= low:
             return max(0.0, i + (high - timestep) / (high - low))
     return float(len(axis) - 1)

@@ -149,21 +149,28 @@ def best_by_method(case: Case, share: float, metric: Metric) -> dict[str, Row]:
     return {row.method: row for row in order}
 
 
+def best_at_shares(case: Case, results: Results) -> dict[float, dict[str, Row]]:
+    """`best_by_method` at each share; empty where no metric ranks."""
+    metric = leading(results)
+    return {share: best_by_method(case, share, metric) for share in shares_of(case)} if metric is not None else {}
+
+
 def uncached_of(case: Case) -> Row | None:
     """The row of the uncached run."""
     return next((row for row in case.rows if row.family == "uncached"), None)
 
 
 def verdicts_of(case: Case, results: Results) -> tuple[Verdict, ...]:
-    """One verdict for each share; none where no metric ranks."""
+    """One verdict for each share where there is something to say; none without a metric that ranks."""
     metric = leading(results)
     if metric is None:
         return ()
-    return tuple(_verdict_at(case, share, metric, results.metrics) for share in shares_of(case))
+    found = [_verdict_at(case, share, metric, results.metrics) for share in shares_of(case)]
+    return tuple(verdict for verdict in found if verdict.ours is not None or verdict.rivals)
 
 
 def lead_of(ours: Value, theirs: Value, metric: Metric) -> Lead:
-    """How much better `ours` is. Its spread: of the differences within each set if both have the same number of sets."""
+    """How much better `ours` is; its spread is that of the differences within each set, if both have as many sets."""
     sign = 1.0 if metric.better == "higher" else -1.0
     if len(ours.sets) == len(theirs.sets) > 1:
         differences = [sign * (a - b) for a, b in zip(ours.sets, theirs.sets, strict=True)]
@@ -182,10 +189,10 @@ def tally_text(count: Counter[Word]) -> str:
     total = sum(count.values())
     if not total:
         return "There is nothing to compare with at any share of the compute."
-    parts = [f"ahead of every other way at {count['ahead']} of {total} shares of the compute"]
-    parts += [f"level at {count['level']}"] if count["level"] else []
-    parts += [f"behind at {count['behind']}"] if count["behind"] else []
-    return f"omnifx is {', '.join(parts)}."
+    words: dict[Word, str] = {"ahead": "ahead of every other way", "level": "level with the best", "behind": "behind"}
+    parts = [f"{text} at {count[word]}" for word, text in words.items() if count[word]]
+    shares = f" of {total} share{'s' if total > 1 else ''} of the compute"
+    return f"omnifx is {', '.join([parts[0] + shares, *parts[1:]])}."
 
 
 def number_text(number: float, metric: Metric | None = None, spread: float | None = None) -> str:
