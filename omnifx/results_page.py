@@ -14,7 +14,7 @@ from omnifx import charts, timelines, verdicts
 from omnifx.charts import Chart, Look, Plot
 from omnifx.errors import ConfigError
 from omnifx.page import template
-from omnifx.results import Case, Results, Row
+from omnifx.results import Case, Family, Results, Row
 from omnifx.sample_grids import Grid, data_uri, grid_of
 from omnifx.timelines import Cell, Letter
 from omnifx.verdicts import Verdict
@@ -51,6 +51,9 @@ class CaseView:
     case: Case
     verdicts: tuple[Verdict, ...]
     tally: str
+    rivals: tuple[Family, ...]
+    """The families that ours is compared with somewhere."""
+    guarded: bool
     looks: dict[str, Look]
     groups: dict[str, list[Look]]
     """The looks by group, as the legend has them."""
@@ -86,7 +89,6 @@ def page_of(results: Results, samples: Mapping[str, Mapping[str, Tensor]] | None
         metric=verdicts.leading(results),
         version=omnifx.__version__,
         families=verdicts.FAMILIES,
-        rivals=verdicts.RIVALS,
         colours=charts.COLOURS,
         letters=list(timelines.LETTERS.values()),
         letter_class=_letter_class,
@@ -124,6 +126,8 @@ def view_of(case: Case, results: Results, samples: Mapping[str, Tensor]) -> Case
         case=case,
         verdicts=found,
         tally=verdicts.tally_text(verdicts.tally(found)),
+        rivals=tuple(family for family in verdicts.RIVALS if any(r.family == family for v in found for r in v.rivals)),
+        guarded=any(verdict.guards for verdict in found),
         looks=looks,
         groups=groups,
         frontier=_plots(charts.frontier_charts(case, results)),
