@@ -42,6 +42,8 @@ _PEERS = 4
 _STEPS = (1, 2, 2.5, 5, 10)  # between ticks
 _LOG_FROM = 20.0
 """A metric that is better when lower is drawn on a logarithmic axis if its figures differ by so much."""
+_DEEPEST = 1e-4
+"""Errors so much smaller than the largest are rounding: lines go down to here."""
 _ENOUGH, _FENCE = 8, 2.0
 """From so many marks on, those are outliers that lie so many times the middle half's range outside of it."""
 
@@ -115,7 +117,10 @@ class Chart:
         if self.level is not None:
             spread = self.level.spread or 0.0
             ends.append((self.level.mean - spread, self.level.mean, self.level.mean + spread))
-        return [y for three in ends for y in three if y > 0 or not self.log]
+        found = [y for three in ends for y in three if y > 0 or not self.log]
+        if not self.dots:
+            found = [max(y, _DEEPEST * max(found)) for y in found]
+        return found
 
 
 def looks_of(case: Case) -> dict[str, Look]:
@@ -203,9 +208,9 @@ class Plot:
 
     @property
     def beyond(self) -> int:
-        """Marks that lie beyond the axis."""
+        """Marks that lie beyond the axis; points of lines without marks do not count."""
         low, high = self.y_range
-        return sum(not low <= mark.y <= high for line in self.chart.lines for mark in line.marks)
+        return self.chart.dots * sum(not low <= mark.y <= high for line in self.chart.lines for mark in line.marks)
 
     def path(self, line: Line) -> str:
         """The line through the marks that are joined."""
@@ -268,16 +273,15 @@ def _frontier_chart(case: Case, metric: Metric, ranks: Metric, axis: Axis) -> Ch
     level = uncached.metrics.get(metric.name) if uncached is not None else None
     means = [mark.y for line in lines for mark in line.marks]
     log = metric.better == "lower" and min(means, default=0.0) > 0 and max(means) > _LOG_FROM * min(means)
-    unit = f", {metric.unit}" if metric.unit else ""
     note = f"{metric.better} is better"
     if metric.guard:
         note = f"a guard: it catches broken settings, and does not rank; {note}"
     over = "compute" if axis == "compute" else "time"
     return Chart(
-        title=f"{metric.name} over {over}",
+        title=f"{metric.label} over {over}",
         note=note,
         x_label=f"{over}: share of the uncached {'FLOPs' if axis == 'compute' else 'time'}",
-        y_label=f"{metric.name}{unit}",
+        y_label=metric.heading,
         lines=tuple(lines),
         log=log,
         level=level,
@@ -286,7 +290,7 @@ def _frontier_chart(case: Case, metric: Metric, ranks: Metric, axis: Axis) -> Ch
 
 def _mark(row: Row, metric: Metric, x: float, *, joined: bool) -> Mark:
     value = row.metrics[metric.name]
-    figure = f"{metric.name} {value_text(value, metric)} {metric.unit}".rstrip()
+    figure = f"{metric.label} {value_text(value, metric)} {metric.unit}".rstrip()
     time = f", {row.time:.2f} of the time" if row.time is not None else ""
     title = f"{_name_of(row)}: {figure} at {share_text(row.compute)} of the compute{time}"
     return Mark(x, value.mean, value.spread or 0.0, title, joined)

@@ -92,13 +92,14 @@ def page_of(results: Results, samples: Mapping[str, Mapping[str, Tensor]] | None
         colours=charts.COLOURS,
         letters=list(timelines.LETTERS.values()),
         letter_class=_letter_class,
-        paths=SHAPES,
+        outlines=OUTLINES,
         MOST_PLANS=MOST_PLANS,
         data_uri=data_uri,
         number_text=verdicts.number_text,
         value_text=verdicts.value_text,
         lead_text=verdicts.lead_text,
         share_text=verdicts.share_text,
+        sentence=verdicts.sentence,
     )
 
 
@@ -165,7 +166,7 @@ def plan_groups(case: Case, results: Results) -> tuple[PlanGroup, ...]:
     return tuple(group for group in groups if group.strips)
 
 
-SHAPES = {
+OUTLINES = {
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
     "square": "M-3.5-3.5h7v7h-7Z",
     "up": "M0-4.6L4.3 3.2h-8.6Z",

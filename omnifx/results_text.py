@@ -69,10 +69,9 @@ def markdown_of(results: Results, figures: Mapping[str, Mapping[str, str]] | Non
 def _definitions(results: Results) -> str:
     lines = []
     for metric in results.metrics:
-        unit = f", {plain(metric.unit)}" if metric.unit else ""
         guard = " A guard: it does not rank." if metric.guard else ""
-        about = f" {plain(metric.about)}" if metric.about else ""
-        lines.append(f"- **{plain(metric.name)}**{unit}: {metric.better} is better.{guard}{about}")
+        about = f" {plain(verdicts.sentence(metric.about))}" if metric.about else ""
+        lines.append(f"- **{plain(metric.heading)}**: {metric.better} is better.{guard}{about}")
     lines += [
         "- **±**: one standard deviation over sets of seeds; a difference that is not larger than its own is level.",
         "- **at a share**: rows tuned for it, or of at most 5% more compute; what each costs stands in brackets.",
@@ -92,8 +91,7 @@ def _verdict_table(found: Sequence[Verdict]) -> TextTable:
         row += ["; ".join(map(_guard, verdict.guards))] * guards
         rows.append((*row, str(verdict)))
     head = ["compute", "omnifx", *(f"best of {FAMILIES[family]}" for family in families)]
-    unit = f", {metric.unit}" if metric.unit else ""
-    return TextTable(f"{metric.name}{unit}", (*head, *["guards"] * guards, "verdict"), tuple(rows))
+    return TextTable(metric.heading, (*head, *["guards"] * guards, "verdict"), tuple(rows))
 
 
 def _method_table(case: Case, results: Results, metric: Metric) -> TextTable:
@@ -106,9 +104,8 @@ def _method_table(case: Case, results: Results, metric: Metric) -> TextTable:
             for row in own
         ]
         rows += [(method, *cells)] if any(own) else []
-    unit = f", {metric.unit}" if metric.unit else ""
     head = ("method", *(f"at {share_text(share)}" for share in best))
-    return TextTable(f"Best of each method: {metric.name}{unit} (compute)", head, tuple(rows))
+    return TextTable(f"Best of each method: {metric.heading} (compute)", head, tuple(rows))
 
 
 def _all_rows(case: Case, results: Results) -> TextTable:
@@ -121,7 +118,7 @@ def _all_rows(case: Case, results: Results) -> TextTable:
         )
         for row in case.rows
     ]
-    return TextTable("All rows", ("method", "setting", "compute", *(m.name for m in results.metrics)), tuple(rows))
+    return TextTable("All rows", ("method", "setting", "compute", *(m.heading for m in results.metrics)), tuple(rows))
 
 
 def _cell(row: Row, verdict: Verdict) -> str:
@@ -135,4 +132,4 @@ def _rival(rival: Rival, verdict: Verdict) -> str:
 
 
 def _guard(guard: Guard) -> str:
-    return f"{guard.metric.name} {'worse' if guard.lead.word == 'behind' else 'no worse'}"
+    return f"{guard.metric.label} {'worse' if guard.lead.word == 'behind' else 'no worse'}"

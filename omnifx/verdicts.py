@@ -221,6 +221,11 @@ def share_text(share: float) -> str:
     return f"{share:.3f}".removesuffix("0").replace("0.", ".", 1) if share < 1 else f"{share:.2f}"
 
 
+def sentence(text: str) -> str:
+    """A text as a sentence: with a capital, and an end."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}" if text else ""
+
+
 def _with_spread(number: float, spread: float | None, metric: Metric) -> str:
     text = number_text(number, metric, spread)
     digits = len(text.partition(".")[2])

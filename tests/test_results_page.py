@@ -245,6 +245,8 @@ def test_drift_leaves_out_what_no_logarithm_shows():
     ours = charts[0].lines[0]
     assert ours.look.ours
     assert len(ours.marks) == STEPS - 1
+    deep = case_of(row("auto", 0.5, 40, family="ours", drift=(1e-9, 0.1)))
+    assert plot_of(drift_charts(deep, results_of())[0]).y_range[0] > 5e-6
     solver = next(line for line in charts[0].lines if line.look.method == "UniPC")
     assert solver.marks[-1].x == STEPS
 
