@@ -193,7 +193,7 @@ class Plot:
 
     WIDTH = 400
     HEIGHT = 300
-    LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 42
+    LEFT, RIGHT, TOP, BOTTOM = 68, 12, 12, 42
 
     def x(self, value: float) -> float:
         low, high = self.x_range

@@ -155,13 +155,13 @@ def best_rows(case: Case, results: Results) -> dict[str, dict[float, Row]]:
 
 
 def plan_groups(case: Case, results: Results) -> tuple[PlanGroup, ...]:
-    """Timelines of the best rows at each share, then of all others that have one."""
+    """Timelines of the best rows at each share, then of all other ways that have one."""
     axis, seen, groups = timelines.axis_of(case), set[int](), []
     for share, best in verdicts.best_at_shares(case, results).items():
         title = f"At {verdicts.share_text(share)} of the compute"
         groups.append(PlanGroup(title, _strips(case, axis, list(best.values()))))
         seen |= {id(row) for row in best.values()}
-    others = [row for row in case.rows if id(row) not in seen]
+    others = [row for row in case.rows if id(row) not in seen and row.family != "uncached"]
     groups.append(PlanGroup("Others" if seen else "Plans", _strips(case, axis, others)))
     return tuple(group for group in groups if group.strips)
 
