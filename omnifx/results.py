@@ -23,6 +23,7 @@ from omnifx.errors import ResultsError
 
 FORMAT = 1
 FILE = "results.json"
+_ACRONYMS = ("psnr", "ssim", "lpips", "fid")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 """What may name a file: no separators, no leading dot."""
@@ -43,6 +44,17 @@ class Metric(BaseModel):
     guard: bool = False
     """Whether it only catches broken settings: it does not rank."""
     about: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name as people write it: PSNR p10 for psnr_p10."""
+        words = self.name.replace("_", " ").split()
+        return " ".join(word.upper() if word in _ACRONYMS else word for word in words)
+
+    @property
+    def heading(self) -> str:
+        """The label with the unit."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
 class Value(BaseModel):
@@ -83,7 +95,7 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
-    """What a curve is called: rows of one method belong together."""
+    """What a curve is called: rows of one method belong together. A peer's first word is its package."""
     family: Family
     setting: str
     compute: FiniteFloat = Field(ge=0.0)

@@ -91,6 +91,11 @@ def test_value_needs_finite_figures() -> None:
     assert both.spread == pytest.approx(2**0.5)
 
 
+def test_metrics_have_names_for_people() -> None:
+    assert Metric(name="psnr_p10", unit="dB", better="higher").heading == "PSNR p10, dB"
+    assert Metric(name="class", better="higher").heading == "class"
+
+
 def test_name_of_text() -> None:
     assert name_of("DiT, 50 steps/../x") == "DiT-50-steps-..-x"
     assert name_of("...") == "case"
