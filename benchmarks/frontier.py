@@ -1,7 +1,7 @@
 """The frontier of quality over compute: omnifx beside every peer, through its own package, and beside fewer steps.
 
-    python -m benchmarks.frontier [--cases dit-50 flow-20 ...] [--shares .5 .4 .3 .25] [--samples 20] [--sets 5] [--top 6]
-        [--out benchmarks/results/frontier] [--again METHOD ...] [--smoke]
+    python -m benchmarks.frontier [--cases dit-50 flow-20 ...] [--shares .5 .4 .3 .25] [--samples 20] [--sets 5]
+        [--top 6] [--out benchmarks/results/frontier] [--again METHOD ...] [--smoke]
 
 Each rival's settings are tried on tuning seeds (OUT/tuning.json has them all). For each share of compute the `--top`
 methods, each with its best setting there, and the sampler's own solver with fewer steps are reported, on other seeds. A
