@@ -164,18 +164,10 @@ def rivals(case: Case, shares: Sequence[float]) -> Iterator[Way]:
 
 
 def ours(shares: Sequence[float]) -> Iterator[Way]:
-    """What omnifx does by default, and with its reuse graph at the steps that are not computed."""
+    """What omnifx does by default; nothing is tuned."""
     for share in shares:
         speedup = 1.0 / share
         yield Way(method="omnifx", family="ours", setting=f"speedup={speedup:.3g}", policy="auto", speedup=speedup)
-        yield Way(
-            method="omnifx, network=reuse",
-            family="ours",
-            setting=f"speedup={speedup:.3g}",
-            policy="auto",
-            options={"network": "reuse"},
-            speedup=speedup,
-        )
 
 
 def _peer_ways(case: Case) -> Iterator[Way]:
