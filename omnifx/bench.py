@@ -32,13 +32,18 @@ from omnifx.session import versions, weights_hash
 
 METRICS = (
     Metric(name="psnr", unit="dB", better="higher", about="to the uncached samples of the same seeds, mean of samples"),
-    Metric(name="psnr_p10", unit="dB", better="higher", about="the same: one sample in ten is worse"),
+    Metric(name="p10", unit="dB", better="higher", about="PSNR that one sample in ten falls below"),
     Metric(name="ssim", better="higher", about="to the uncached samples of the same seeds"),
-    Metric(name="frechet", better="lower", guard=True, about="to the uncached samples, in the named features"),
+    Metric(
+        name="frechet",
+        better="lower",
+        guard=True,
+        about="to the uncached samples, in the named features; of these themselves, between sets of seeds",
+    ),
     Metric(name="seconds", unit="s", better="lower", about="of a generation, median; without compiling"),
     Metric(name="cache", unit="MiB", better="lower", about="most that was kept from step to step"),
     Metric(name="memory", unit="MiB", better="lower", about="most that tensors held of the device in a generation"),
-    Metric(name="compile", unit="s", better="lower", guard=True, about="of omnifx's variants, once"),
+    Metric(name="compile", unit="s", better="lower", about="of omnifx's variants, once"),
 )
 SETTINGS = "settings.json"
 """The file beside the results that tells what decides their rows: only with all of it the same are they continued."""
@@ -328,7 +333,7 @@ def _figure(name: str, form: str) -> Callable[[Row], str]:
 
 def _psnr(row: Row) -> str:
     """Both figures of PSNR; samples that are all equal have none."""
-    return f"{_figure('psnr', '.1f')(row)} / {_figure('psnr_p10', '.1f')(row)}" if "psnr" in row.metrics else "same"
+    return f"{_figure('psnr', '.1f')(row)} / {_figure('p10', '.1f')(row)}" if "psnr" in row.metrics else "same"
 
 
 def _steps(row: Row) -> str:

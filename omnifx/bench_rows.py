@@ -28,7 +28,7 @@ from omnifx.plan import Plan
 from omnifx.policy import Policy
 from omnifx.profile import Profile
 from omnifx.results import Row, Timeline, Value, name_of
-from omnifx.runlog import GenerationLog
+from omnifx.runlog import GenerationLog, StepLog
 from omnifx.runtime import is_runtime
 from omnifx.session import stats
 
@@ -87,7 +87,7 @@ class Bench:
         self.shape: list[int] = []
         self.lowest, self.highest = target.value_range or (-1.0, 1.0)
         self._profiles: dict[str, tuple[Profile, float]] = {}
-        self._plans: dict[str, str] = {}
+        self._plans: dict[tuple[str, str], str] = {}
         torch._dynamo.reset()  # or its memory of other batch sizes makes the batch size symbolic
         self.plain: Any = target.model if settings.lowering == "eager" else torch.compile(target.model)
         expect("uncached", 1)
@@ -122,6 +122,9 @@ class Bench:
     def uncached_row(self) -> Row:
         """The run that all others are compared with."""
         found = {"seconds": [statistics.median(self.uncached.seconds)], **self._memory_of(self.uncached)}
+        sets = self.reference.split(self._set_size)
+        if self.features is not None and len(sets) > 1:  # how far apart seeds alone are
+            found["frechet"] = [frechet(one, sets[i - 1], self.features) for i, one in enumerate(sets)]
         return Row(
             method="uncached",
             family="uncached",
@@ -176,8 +179,8 @@ class Bench:
         else:
             profile, seconds = self._profile(policy)
             plan = make_plan(profile, policy=policy, speedup=way.speedup)
-            if (known := self._plans.get(_essence(plan))) is not None:
-                raise ConfigError(f"bench: the plan is that of {known}, which is measured already.")
+            if (known := self._plans.get((way.method, _essence(plan)))) is not None:
+                raise ConfigError(f"bench: the plan is that of {known}, which is measured.")
             options |= {"profile": profile, "plan": plan}
             notes = [f"calibrated on {self.settings.runs} generations, in {seconds:.1f} s", *plan.notes]
         compiled: Any = torch.compile(self.target.model, backend="omnicache", options=options)
@@ -191,15 +194,17 @@ class Bench:
         steps = [step for log in logs for step in log.steps]
         compute = sum(step.spent for step in steps) / sum(step.whole for step in steps)
         if compute >= 1.0 and way.speedup != 1.0:
-            why = "; ".join([*_unplanned(logs), *found.notes]) or "no reason was noted"
+            decided = [step.decision for step in steps[-1:] if step.decision]
+            why = "; ".join([*_unplanned(logs), *found.notes, *decided]) or "no reason was noted"
             raise ConfigError(f"bench: nothing was reused: {why}.")
         if plan is not None:
-            self._plans[_essence(plan)] = way.label
+            self._plans[way.method, _essence(plan)] = way.setting
         cost = {
             "cache": [max(log.peak_cache_bytes for log in logs) / MIB],
             "compile": [found.compile_seconds],
         }
-        return self._row(way, made, compute, _timeline(plan, logs, notes), cost)
+        each = max(1, self.calls // self.steps)  # streams call one after the other
+        return self._row(way, made, compute, _timeline(plan, steps[-self.calls :: each], logs, notes), cost)
 
     def _profile(self, policy: Policy) -> tuple[Profile, float]:
         """What a policy measures, once for all of its settings but those that change what is measured; its seconds."""
@@ -219,6 +224,11 @@ class Bench:
             self._profiles[key] = profile, time.perf_counter() - start
             torch._dynamo.reset()
         return self._profiles[key]
+
+    @property
+    def _set_size(self) -> int:
+        """Samples of a set."""
+        return len(self.sets[0]) * self.batch
 
     @property
     def _shortest(self) -> int | None:
@@ -296,7 +306,7 @@ class Bench:
         self, way: Way, made: _Made, compute: float, timeline: Timeline, cost: dict[str, list[float]]
     ) -> tuple[Row, Tensor]:
         """What the samples of a way are worth, and what they cost; with the samples."""
-        samples, size = torch.cat(made.samples), len(self.sets[0]) * self.batch
+        samples, size = torch.cat(made.samples), self._set_size
         followed = self._num_followed * self.batch
         found = {"seconds": [statistics.median(made.seconds)], **cost, **self._memory_of(made)}
         for ours, theirs in zip(samples.split(size), self.reference.split(size), strict=True):
@@ -348,16 +358,18 @@ def _unplanned(logs: Sequence[GenerationLog]) -> list[str]:
     return [f"{count} steps ran in full unplanned, in {len(logs)} generations: {why}" for why, count in counts.items()]
 
 
-def _timeline(plan: Plan | None, logs: Sequence[GenerationLog], notes: Sequence[str]) -> Timeline:
-    """What the steps of the last generation ran, in its first stream."""
-    last = logs[-1].steps
-    steps = [step for step in last if step.stream == last[0].stream]
+def _timeline(
+    plan: Plan | None, steps: Sequence[StepLog], logs: Sequence[GenerationLog], notes: Sequence[str]
+) -> Timeline:
+    """What the steps of the last generation ran, in one of its streams."""
     letters = "".join("F" if step.variant.startswith("full") else "r" for step in steps)
     if plan is not None and len(plan.steps) == len(steps):
         planned = plan.timeline().splitlines()[-1]
         letters = "".join("F" if step.reason else letter for step, letter in zip(steps, planned, strict=True))
     return Timeline(
-        steps=letters, timesteps=plan.timesteps if plan is not None else (), notes=(*notes, *_unplanned(logs))
+        steps=letters,
+        timesteps=plan.timesteps if plan is not None else (),
+        notes=(*notes, *_unplanned(logs)),
     )
 
 

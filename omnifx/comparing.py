@@ -119,7 +119,7 @@ def bands(samples: Tensor, reference: Tensor, num_bands: int = NUM_BANDS) -> tup
 def compare(samples: Tensor, reference: Tensor, *, data_range: float) -> dict[str, float]:
     """PSNR (mean and 10th percentile over samples, dB) and SSIM of samples [N, C, (T,) H, W] to the uncached ones."""
     per_sample = psnr(samples, reference, data_range=data_range)
-    found = {"psnr": float(per_sample.mean()), "psnr_p10": float(per_sample.quantile(0.1, interpolation="lower"))}
+    found = {"psnr": float(per_sample.mean()), "p10": float(per_sample.quantile(0.1, interpolation="lower"))}
     side = min(samples.shape[-2:])
     if side >= 3:
         window = 11 if side >= 64 else 5 if side >= 5 else 3

@@ -63,7 +63,7 @@ def rows_of(results: Results) -> dict[str, Row]:
 
 
 def test_a_script_is_measured_uncached_against_plans_and_fewer_steps(tmp_path: Path) -> None:
-    policies = ("auto", "first-block-cache(threshold=0.3)")
+    policies = ("auto", "first-block-cache(threshold=0.95)")
 
     results = measure(tmp_path / "out", policies=policies, features=lambda x: x.flatten(1)[:, :2])
 
@@ -72,17 +72,22 @@ def test_a_script_is_measured_uncached_against_plans_and_fewer_steps(tmp_path: P
     assert [(row.method, row.family, row.setting) for row in case.rows] == [
         ("uncached", "uncached", ""),
         ("auto", "ours", "speedup=2"),
-        ("first-block-cache", "policy", "threshold=0.3"),
+        ("first-block-cache", "policy", "threshold=0.95"),
         ("fewer steps", "solver", "3 of 6 steps"),
     ]
     assert (case.steps, case.model, case.data_range, case.refused) == (STEPS, "DiTTransformer2DModel", 2.0, {})
     assert rows["auto speedup=2"].compute == pytest.approx(0.5, abs=0.01)
     assert rows["fewer steps 3 of 6 steps"].compute == 0.5
     auto = rows["auto speedup=2"]
-    assert set(auto.metrics) == {"psnr", "psnr_p10", "ssim", "frechet", "seconds", "cache", "compile"}
+    assert set(auto.metrics) == {"psnr", "p10", "ssim", "frechet", "seconds", "cache", "compile"}
     assert auto.timeline is not None
     assert auto.timeline.steps.count("F") == 3
     assert len(auto.timeline.timesteps) == STEPS
+    assert set(rows["uncached"].metrics) == {"seconds", "frechet"}
+    decided = rows["first-block-cache threshold=0.95"].timeline
+    assert decided is not None
+    assert len(decided.steps) == STEPS
+    assert "r" in decided.steps
     assert auto.time is not None
     assert auto.time > 0
     shown = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -182,7 +187,7 @@ def test_what_cannot_be_measured_is_listed_with_its_reason(tmp_path: Path) -> No
 
     refused = results.cases[0].refused
     assert "speedup must be in [1, " in refused["omnicache, speedup=5"]
-    assert refused["fora, speedup=2"] == "bench: the plan is that of fora, speedup=1.9, which is measured already."
+    assert refused["fora, speedup=2"] == "bench: the plan is that of speedup=1.9, which is measured."
     assert "takes no argument 'steps'" in refused["fewer steps, 3 of 6 steps"]
     assert Results.load(tmp_path).cases[0].refused == refused
 

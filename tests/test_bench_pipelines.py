@@ -56,7 +56,7 @@ def test_a_pipeline_of_classes_is_measured(of_classes: Path, tmp_path: Path) -> 
     assert case.sampler == "DPMSolverMultistepScheduler, guidance 2"
     assert case.rows[0].timeline is not None
     assert case.rows[0].timeline.notes == ("pipe.transformer is compiled", "class_labels: 3 in turn")
-    assert case.rows[1].compute == pytest.approx(0.5, abs=0.01)
+    assert case.rows[1].compute < 0.51
     assert len(case.rows[1].drift) == 5  # the images are no latents, so the last step cannot be told
     samples = Results.load(tmp_path / "out").samples_of(tmp_path / "out", case)["uncached"]
     assert samples.shape == (2, 3, 8, 8)
