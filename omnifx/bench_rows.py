@@ -97,6 +97,8 @@ class Bench:
             raise ConfigError("bench: generate never called the model it was given. Use its first argument.")
         self.calls, self.steps = trail.calls, len(trail.latents) or trail.calls
         self.calibration, self.sets = settings.seeds(self.batch)
+        if features is not None and self._set_size < 2:
+            raise ConfigError("bench: a Frechet distance needs at least 2 samples in each set. Ask for more --samples.")
         spare = len(self.sets) * len(self.sets[0]) - settings.repeats  # timed without being made for it
         room = TRAIL_BYTES // max(1, trail.num_bytes)
         self._num_followed = max(1, min(len(self.sets[0]), spare, room))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +65,35 @@ def rows_of(results: Results) -> dict[str, Row]:
     return {f"{row.method} {row.setting}".strip(): row for row in results.cases[0].rows}
 
 
-def test_a_script_is_measured_uncached_against_plans_and_fewer_steps(tmp_path: Path) -> None:
+@dataclass
+class Measured:
+    """A run that several tests look at."""
+
+    out: Path
+    results: Results
+    seeds: list[int]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    out, seeds = tmp_path_factory.mktemp("bench") / "out", []
+
+    def noting(model: Any, seed: int, steps: int = STEPS) -> Tensor:
+        seeds.append(seed)
+        return generate(model, seed, steps)
+
     policies = ("auto", "first-block-cache(threshold=0.95)")
+    results = measure(out, target(noting), policies=policies, features=pixels, features_name="pixels")
+    return Measured(out, results, seeds)
 
-    results = measure(tmp_path / "out", policies=policies, features=lambda x: x.flatten(1)[:, :2])
 
-    rows, case = rows_of(results), results.cases[0]
-    assert Results.load(tmp_path / "out") == results
+def pixels(samples: Tensor) -> Tensor:
+    return samples.flatten(1)[:, :2]
+
+
+def test_a_script_is_measured_uncached_against_plans_and_fewer_steps(measured: Measured) -> None:
+    rows, case = rows_of(measured.results), measured.results.cases[0]
+    assert Results.load(measured.out) == measured.results
     assert [(row.method, row.family, row.setting) for row in case.rows] == [
         ("uncached", "uncached", ""),
         ("auto", "ours", "speedup=2"),
@@ -76,69 +101,58 @@ def test_a_script_is_measured_uncached_against_plans_and_fewer_steps(tmp_path: P
         ("fewer steps", "solver", "3 of 6 steps"),
     ]
     assert (case.steps, case.model, case.data_range, case.refused) == (STEPS, "DiTTransformer2DModel", 2.0, {})
-    assert rows["auto speedup=2"].compute == pytest.approx(0.5, abs=0.01)
+    assert rows["auto speedup=2"].compute < 0.51
     assert rows["fewer steps 3 of 6 steps"].compute == 0.5
-    auto = rows["auto speedup=2"]
+    auto, decided = rows["auto speedup=2"], rows["first-block-cache threshold=0.95"].timeline
     assert set(auto.metrics) == {"psnr", "p10", "ssim", "frechet", "seconds", "cache", "compile"}
-    assert auto.timeline is not None
-    assert auto.timeline.steps.count("F") == 3
-    assert len(auto.timeline.timesteps) == STEPS
     assert set(rows["uncached"].metrics) == {"seconds", "frechet"}
-    decided = rows["first-block-cache threshold=0.95"].timeline
+    assert auto.timeline is not None
+    assert len(auto.timeline.steps) == len(auto.timeline.timesteps) == STEPS
     assert decided is not None
     assert len(decided.steps) == STEPS
     assert "r" in decided.steps
-    assert auto.time is not None
-    assert auto.time > 0
-    shown = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    shown.print(table_of(case))
-    text = shown.export_text()
-    assert all(word in text for word in ("first-block-cache", "3 of 6 steps", "3F 3s", "Frechet"))
+    assert all(row.time is not None and row.time > 0 for row in case.rows)
+
+
+def test_the_table_tells_what_was_skipped(measured: Measured) -> None:
+    case = measured.results.cases[0]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(table_of(case))
+    text = console.export_text()
+    assert all(word in text for word in ("first-block-cache", "threshold=0.95", "3 of 6 steps", "Frechet", "6F"))
     assert legend(case).startswith("F full")
 
 
-def test_figures_are_those_of_the_samples(tmp_path: Path) -> None:
-    results = measure(tmp_path / "out", policies=())
-
-    model, row = load(), rows_of(results)["fewer steps 3 of 6 steps"]
+def test_figures_are_those_of_the_samples(measured: Measured) -> None:
+    model, row = load(), rows_of(measured.results)["fewer steps 3 of 6 steps"]
     uncached = torch.cat([generate(model, seed) for seed in (0, 1)])
     fewer = torch.cat([generate(model, seed, steps=3) for seed in (0, 1)])
     sets = [float(psnr(fewer[i : i + 2], uncached[i : i + 2]).mean()) for i in (0, 2)]
     assert row.metrics["psnr"].sets == pytest.approx(sets, rel=1e-4)
     assert row.metrics["psnr"].spread == pytest.approx(abs(sets[0] - sets[1]) / 2**0.5, rel=1e-3)
     assert row.bands == pytest.approx(bands(fewer[:2], uncached[:2]), rel=1e-3)
-    samples = results.samples_of(tmp_path / "out", results.cases[0])
+    samples = measured.results.samples_of(measured.out, measured.results.cases[0])
     assert samples["uncached"].dtype == torch.float16
-    assert samples["uncached"].float() == pytest.approx(uncached[:3], abs=2e-3)
+    torch.testing.assert_close(samples["uncached"].float(), uncached[:3], atol=2e-3, rtol=1e-3)
     assert row.samples is not None
-    assert samples[row.samples].float() == pytest.approx(fewer[:3], abs=2e-3)
+    torch.testing.assert_close(samples[row.samples].float(), fewer[:3], atol=2e-3, rtol=1e-3)
 
 
-def test_drift_begins_where_the_plan_first_skips_and_ends_at_the_samples(tmp_path: Path) -> None:
-    results = measure(tmp_path / "out", settings=Settings(samples=2, runs=1, repeats=1, lowering="eager"))
-
-    row = rows_of(results)["auto speedup=2"]
+def test_drift_begins_where_the_plan_first_skips_and_ends_at_the_samples(measured: Measured) -> None:
+    row = rows_of(measured.results)["auto speedup=2"]
     assert row.timeline is not None
-    skipped = row.timeline.steps.index("s")
+    skipped = next(i for i, letter in enumerate(row.timeline.steps) if letter != "F")
     assert len(row.drift) == STEPS
     assert max(row.drift[:skipped], default=0.0) < 1e-5
     assert row.drift[skipped] > 1e-5
-    samples = results.samples_of(tmp_path / "out", results.cases[0])
-    ours, uncached = samples["auto-speedup-2"].double(), samples["uncached"].double()
+    samples = measured.results.samples_of(measured.out, measured.results.cases[0])
+    ours, uncached = samples["auto-speedup-2"][:2].double(), samples["uncached"][:2].double()
     assert row.drift[-1] == pytest.approx(float((ours - uncached).norm() / uncached.norm()), rel=0.05)
 
 
-def test_seeds_are_calibrated_on_or_reported_but_never_both(tmp_path: Path) -> None:
-    seeds: list[int] = []
-
-    def noting(model: Any, seed: int, steps: int = STEPS) -> Tensor:
-        seeds.append(seed)
-        return generate(model, seed, steps)
-
-    results = measure(tmp_path / "out", target(noting))
-
-    assert set(seeds) == {0, 1, CALIBRATION_SEED}
-    assert results.cases[0].seeds == {
+def test_seeds_are_calibrated_on_or_reported_but_never_both(measured: Measured) -> None:
+    assert set(measured.seeds) == {0, 1, CALIBRATION_SEED}
+    assert measured.results.cases[0].seeds == {
         "calibration": "generations 1000000-1000000, 2 samples each",
         "report": "generations 0-0, 1-1, 2 samples each",
     }
@@ -146,21 +160,23 @@ def test_seeds_are_calibrated_on_or_reported_but_never_both(tmp_path: Path) -> N
         Settings(samples=CALIBRATION_SEED + 1).seeds(1)
 
 
-def test_a_run_is_continued(tmp_path: Path) -> None:
-    first = measure(tmp_path)
+def test_a_run_is_continued(measured: Measured, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(measured.out, tmp_path / "out"))
     calls: list[int] = []
 
     def counting(model: Any, seed: int, steps: int = STEPS) -> Tensor:
         calls.append(steps)
         return generate(model, seed, steps)
 
-    second = measure(tmp_path, target(counting), policies=("auto", "fora"), resume=True)
+    second = measure(
+        out, target(counting), policies=("auto", "fora"), features=pixels, features_name="pixels", resume=True
+    )
 
-    old, new = rows_of(first), rows_of(second)
-    assert list(new) == ["uncached", "auto speedup=2", "fora speedup=2", "fewer steps 3 of 6 steps"]
+    old, new = rows_of(measured.results), rows_of(second)
+    assert {name for name in new if name not in old} == {"fora speedup=2"}
     assert all(new[name] == row for name, row in old.items())  # times, too: not measured again
     assert 3 not in calls
-    samples = second.samples_of(tmp_path, second.cases[0])
+    samples = second.samples_of(out, second.cases[0])
     assert set(samples) == {row.samples for row in new.values()}
 
 
@@ -183,10 +199,10 @@ def test_what_cannot_be_measured_is_listed_with_its_reason(tmp_path: Path) -> No
     def stepless(model: Any, seed: int) -> Tensor:
         return generate(model, seed)
 
-    results = measure(tmp_path, target(stepless), policies=("omnicache", "fora"), speedups=(1.9, 2.0, 5.0))
+    results = measure(tmp_path, target(stepless), policies=("fora",), speedups=(1.9, 2.0, 5.0))
 
     refused = results.cases[0].refused
-    assert "speedup must be in [1, " in refused["omnicache, speedup=5"]
+    assert "speedup must be in [1, " in refused["fora, speedup=5"]
     assert refused["fora, speedup=2"] == "bench: the plan is that of speedup=1.9, which is measured."
     assert "takes no argument 'steps'" in refused["fewer steps, 3 of 6 steps"]
     assert Results.load(tmp_path).cases[0].refused == refused
@@ -246,6 +262,14 @@ def test_a_model_without_anything_to_reuse_is_refused(tmp_path: Path) -> None:
 def test_generations_that_cannot_be_compared_end_the_run(tmp_path: Path, broken: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         measure(tmp_path, target(broken))
+
+
+def test_frechet_distances_need_two_samples(tmp_path: Path) -> None:
+    def one(model: Any, seed: int) -> Tensor:
+        return generate(model, seed)[:1]
+
+    with pytest.raises(ConfigError, match="at least 2 samples in each set"):
+        measure(tmp_path, target(one), features=pixels, settings=Settings(samples=2, sets=2, lowering="eager"))
 
 
 def test_factories_return_a_model_and_generate() -> None:

@@ -43,13 +43,12 @@ def run(*arguments: object, status: int = 0) -> str:
 def test_a_pipeline_of_classes_is_measured(of_classes: Path, tmp_path: Path) -> None:
     given = ("--class-labels", "1,2,3", "--guidance", 2, "--scheduler", "DPMSolverMultistepScheduler")
 
-    shown = run(of_classes, "--out", tmp_path / "out", *given, *FEW, "--batch", 2, "--policies", "auto fora")
+    shown = run(of_classes, "--out", tmp_path / "out", *given, *FEW, "--batch", 2, "--policies", "auto")
 
     (case,) = Results.load(tmp_path / "out").cases
     assert [(row.method, row.setting) for row in case.rows] == [
         ("uncached", ""),
         ("auto", "speedup=2"),
-        ("fora", "speedup=2"),
         ("fewer steps", "3 of 6 steps"),
     ]
     assert (case.model, case.steps, case.lowest, case.data_range) == ("DiTTransformer2DModel", 6, 0.0, 1.0)
