@@ -89,7 +89,8 @@ class Bench:
         self._profiles: dict[str, tuple[Profile, float]] = {}
         self._plans: dict[tuple[str, str], str] = {}
         torch._dynamo.reset()  # or its memory of other batch sizes makes the batch size symbolic
-        self.plain: Any = target.model if settings.lowering == "eager" else torch.compile(target.model)
+        compiled: Any = torch.compile(target.model)
+        self.plain: Any = target.model if settings.lowering == "eager" else compiled
         expect("uncached", 1)
         with watched(self.plain) as trail:
             self._generate(self.plain, CALIBRATION_SEED)

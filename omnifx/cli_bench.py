@@ -17,6 +17,8 @@ from omnifx.bench_ways import DEFAULT_POLICIES, DEFAULT_SPEEDUPS, Settings
 from omnifx.errors import ConfigError
 
 Lowering = Literal["inductor", "eager"]
+POLICIES = " ".join(DEFAULT_POLICIES)
+SPEEDUPS = " ".join(map("{:g}".format, DEFAULT_SPEEDUPS))
 
 
 def bench(
@@ -28,12 +30,10 @@ def bench(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")],
-    policies: Annotated[str, typer.Option(help='Such as "auto fora(interval=3)"; see `omnifx policies`.')] = " ".join(
-        DEFAULT_POLICIES
-    ),
+    policies: Annotated[str, typer.Option(help='Such as "auto fora(interval=3)"; see `omnifx policies`.')] = POLICIES,
     speedups: Annotated[
         str, typer.Option(help="FLOPs uncached over planned; fewer steps are tried at the same compute.")
-    ] = " ".join(f"{speedup:g}" for speedup in DEFAULT_SPEEDUPS),
+    ] = SPEEDUPS,
     samples: Annotated[int, typer.Option(help="Samples to compare.")] = 16,
     sets: Annotated[int, typer.Option(help="Sets of seeds that they are split into; several give a spread.")] = 1,
     runs: Annotated[int, typer.Option(help="Generations to calibrate on; their seeds are not reported.")] = 3,
