@@ -127,7 +127,8 @@ class Bench:
         found = {"seconds": [statistics.median(self.uncached.seconds)], **self._memory_of(self.uncached)}
         sets = self.reference.split(self._set_size)
         if self.features is not None and len(sets) > 1:  # how far apart seeds alone are
-            found["frechet"] = [frechet(one, sets[i - 1], self.features) for i, one in enumerate(sets)]
+            pairs = sets if len(sets) > 2 else sets[:1]  # two sets are one pair, and have no spread
+            found["frechet"] = [frechet(one, sets[i - 1], self.features) for i, one in enumerate(pairs)]
         return Row(
             method="uncached",
             family="uncached",
