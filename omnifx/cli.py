@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from typer.core import TyperGroup
 
 import omnifx
+from omnifx import cli_bench
 from omnifx import demo as demos
 from omnifx.errors import ConfigError, OmnifxError
 from omnifx.example_inputs import build_model, example_inputs
@@ -291,6 +292,9 @@ def doctor(
     _console().print(table)
     problems = [finding.subject for finding in findings if finding.state == "problem"]
     typer.echo(f"to mend: {', '.join(problems)}" if problems else "all that omnifx needs is here")
+
+
+app.command()(cli_bench.bench)
 
 
 def folded(report: MatchReport) -> str:
