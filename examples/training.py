@@ -1,7 +1,8 @@
 """What the trainers of the examples share: one loop by steps and seed, checkpoints that say how they were made, a
 command line.
 
-Recipe: AdamW with a cosine schedule, EMA of the weights. On one thread the same command on the same machine gives the
+Recipe: AdamW, EMA of the weights, and a learning rate that ends at zero: along a cosine, or constant with a linear
+cooldown, whose run can be cut short (arXiv:2405.18392). On one thread the same command on the same machine gives the
 same weights.
 """
 
@@ -27,6 +28,8 @@ from rich.progress import (
 )
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 BatchLoss = Callable[[Any, Generator], Tensor]  # (model, generator) -> loss on a batch drawn with that generator
 
@@ -54,6 +57,7 @@ class Recipe:
     num_steps: int
     learning_rate: float = 2e-3
     ema_decay: float = 0.995  # per step
+    cooldown: float | None = None  # share of the steps in which a constant rate falls to zero; None: a cosine instead
 
 
 def train_one(
@@ -86,7 +90,7 @@ def train_one(
     generator = Generator().manual_seed(seed)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    schedule = _schedule(optimizer, num_steps, recipe.cooldown)
 
     running_loss = 0.0
     for step in range(num_steps):
@@ -162,6 +166,12 @@ def command_line(
                 progress=partial(_show, bars, bar),
             )
             bars.console.print(f"{name}: {path} ({path.stat().st_size / 1e6:.2f} MB)", soft_wrap=True)
+
+
+def _schedule(optimizer: Optimizer, num_steps: int, cooldown: float | None) -> LRScheduler:
+    if cooldown is None:
+        return CosineAnnealingLR(optimizer, num_steps)
+    return LambdaLR(optimizer, lambda step: min(1.0, (num_steps - step) / (cooldown * num_steps)))
 
 
 def _show(bars: Progress, bar: TaskID, done: int, total: int, running_loss: float) -> None:
