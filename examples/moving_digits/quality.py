@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from examples.moving_digits.data import DIGIT_SIZE, ROOM, STRIDE
 from examples.moving_digits.models import VideoClassifier
 from omnifx.metrics import frechet_distance, psnr, ssim
 from omnifx.video_metrics import change_psnr, flickering, frame_psnr, frames_of
@@ -41,6 +43,20 @@ def frechet(samples: Tensor, reference: Tensor, classifier: VideoClassifier) -> 
     Both sets need far more than 32 videos, and about the same share of each class.
     """
     return frechet_distance(classifier.features(samples), classifier.features(reference))
+
+
+def neighbourly_moves(samples: Tensor) -> float:
+    """Share of the moves from a frame to the next that a real digit could make, in 0..1; 1 for real videos.
+
+    A frame's digit is taken to be at the one of nine places, in samples [B, 1, 8, 16, 16], that holds the most ink; a
+    real one goes to one of the up to eight places beside it, and never stays.
+    """
+    ink_NHW = samples[:, 0].flatten(0, 1)
+    places = functional.avg_pool2d(ink_NHW[:, None], DIGIT_SIZE, stride=STRIDE).flatten(1).argmax(dim=1)
+    side = ROOM // STRIDE + 1
+    places_BF2 = torch.stack([places // side, places % side], dim=1).unflatten(0, (len(samples), -1))
+    moves = places_BF2.diff(dim=1).abs().amax(dim=2)
+    return float((moves == 1).double().mean())
 
 
 def evaluate(

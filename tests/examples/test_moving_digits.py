@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import omnifx
 from examples.moving_digits.data import BLACK, NUM_FRAMES, ROOM, STRIDE, bounce, make_videos
 from examples.moving_digits.models import CHECKPOINTS, load_class_tokens, load_classifier, load_latte
-from examples.moving_digits.quality import class_consistency, evaluate, frechet
+from examples.moving_digits.quality import class_consistency, evaluate, frechet, neighbourly_moves
 from examples.moving_digits.sampling import make_scheduler, sample_latte
 from examples.moving_digits.train import main, train
 from omnifx.metrics import psnr
@@ -117,6 +117,14 @@ def test_samples_move_as_much_as_real_videos_do(samples, held_out):
     changes, real = samples.diff(dim=2).abs().mean(), held_out.videos.diff(dim=2).abs().mean()
 
     assert 0.7 < changes / real < 1.3
+
+
+def test_moves_of_samples_are_told_from_chance(samples, held_out):
+    by_chance = held_out.videos.flatten(0, 2)[torch.randperm(500 * 8, generator=generator())].reshape(500, 1, 8, 16, 16)
+
+    assert neighbourly_moves(held_out.videos) == 1.0
+    assert 0.4 < neighbourly_moves(by_chance) < 0.6
+    assert neighbourly_moves(samples) > 0.6
 
 
 def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch():
