@@ -20,6 +20,13 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 Model = Callable[..., Any]  # the calling convention of a diffusers transformer
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
+MakeScheduler = Callable[[int], Any]  # a number of steps -> a scheduler of diffusers, its timesteps set
+FLOW_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": TIME_SHIFT,
+}  # what any multi-step scheduler is made with
 
 
 @torch.no_grad()
@@ -30,7 +37,7 @@ def sample_latte(
     labels: Tensor,
     steps: int = 50,
     cfg: float = 2.0,
-    solver: Literal["euler", "dpmsolver++"] = "euler",
+    solver: Literal["euler", "dpmsolver++"] | MakeScheduler = "euler",
     progress: Progress | None = None,
 ) -> Tensor:
     """Sample videos.
@@ -41,7 +48,8 @@ def sample_latte(
         labels: [B] int64 in 0..9.
         steps: Steps from t = 1 (noise) to 0, one call of the model each; shifted towards noise as video models do.
         cfg: Scale of classifier-free guidance; 1 is no guidance and batch B, else a batch is 2B, [uncond; cond].
-        solver: "euler" (first order), or "dpmsolver++" (second order, for a base line with fewer steps).
+        solver: "euler" (first order), "dpmsolver++" (second order, for a base line with fewer steps), or what makes a
+            scheduler for `FLOW_SCHEDULE`.
         progress: Called after every step.
 
     Returns: Videos [B, 1, 8, 16, 16] float32 in about [-1, 1].
@@ -52,7 +60,7 @@ def sample_latte(
         raise ValueError(f"expected one label per seed, got {len(seeds)} seeds and labels {list(labels.shape)}.")
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps!r}.")
-    scheduler = make_scheduler(solver, steps)
+    scheduler = solver(steps) if callable(solver) else make_scheduler(solver, steps)
     tokens = load_class_tokens().to(labels.device)
     class_states, null_states = tokens[labels], tokens[torch.full_like(labels, NULL_CLASS)]
 
@@ -90,13 +98,7 @@ def make_scheduler(solver: str, steps: int) -> Any:  # Any: the schedulers are u
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))  # before the shift
     elif solver == "dpmsolver++":
         make = DPMSolverMultistepScheduler
-        scheduler = make(
-            num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=TIME_SHIFT,
-            solver_order=2,
-        )
+        scheduler = make(**FLOW_SCHEDULE, solver_order=2)
         scheduler.set_timesteps(steps)
     else:
         raise ValueError(f"sample_latte: solver must be 'euler' or 'dpmsolver++', got {solver!r}.")
