@@ -41,6 +41,7 @@ from benchmarks.frontier_cases import METRICS, Case, Way, labels_of
 from benchmarks.peers import NotHere
 from benchmarks.quality import evenly_spread
 from benchmarks.results import environment
+from omnifx.comparing import bands
 from omnifx.errors import ConfigError, OmnifxError
 from omnifx.plan import Plan
 from omnifx.policy import policies
@@ -53,7 +54,6 @@ TOLERANCE = 0.025
 CALIBRATION_RUNS, CALIBRATION_BATCH = 3, 8
 TUNING_SAMPLES = 20
 KEPT_SAMPLES = 6
-NUM_BANDS = 4
 
 
 @dataclass(frozen=True)
@@ -305,18 +305,6 @@ class Part:
             rows=tuple(rows),
             refused=self.refused,
         )
-
-
-def bands(samples: Tensor, uncached: Tensor) -> tuple[float, ...]:
-    """Root of the error's energy over the uncached samples', in equal bands of spatial frequency, lowest first."""
-    height, width = samples.shape[-2:]
-    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]
-    radius = (rows.square() + columns.square()).sqrt() / 0.5
-    number = (radius * NUM_BANDS).long().clamp(max=NUM_BANDS - 1)
-    error, whole = (torch.fft.fft2(x.double()).abs().square() for x in (samples - uncached, uncached))
-    return tuple(
-        float((error[..., number == i].sum() / whole[..., number == i].sum()).sqrt()) for i in range(NUM_BANDS)
-    )
 
 
 def tune(bench: Bench, part: Part, ways: Sequence[Way], tick: Callable[[str], None]) -> None:

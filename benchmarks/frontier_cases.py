@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,13 +16,19 @@ from examples.digits.data import NUM_CLASSES, load_digits
 from examples.digits.models import load_classifier, load_dit, load_flow
 from examples.digits.quality import evaluate
 from examples.digits.sampling import FLOW_SCHEDULE, NOISE_SCHEDULE, sample_dit, sample_flow
+from examples.moving_digits import data as moving_data
+from examples.moving_digits import models as moving_models
+from examples.moving_digits import quality as moving_quality
+from examples.moving_digits import sampling as moving
 from omnifx.results import Family, Metric
 
 METRICS = (
     Metric(name="psnr", unit="dB", better="higher", about="to the uncached samples of the same seeds: mean"),
     Metric(name="p10", unit="dB", better="higher", about="PSNR that one sample in ten falls below"),
     Metric(name="ssim", better="higher", about="to the uncached samples of the same seeds"),
-    Metric(name="frechet", better="lower", guard=True, about="to held-out real digits, in a classifier's features"),
+    Metric(name="frame", unit="dB", better="higher", about="PSNR of each video's worst frame: mean"),
+    Metric(name="change", unit="dB", better="higher", about="PSNR of the changes from frame to frame: mean"),
+    Metric(name="frechet", better="lower", guard=True, about="to held-out real samples, in a classifier's features"),
     Metric(name="class", better="higher", guard=True, about="share of samples that the classifier takes for theirs"),
 )
 
@@ -68,8 +74,32 @@ class Way:
 
 def _digits(samples: Tensor, uncached: Tensor, labels: Tensor) -> dict[str, float]:
     found = evaluate(samples, uncached, labels, load_classifier(), load_digits()[1].images)
-    values = (found.psnr, found.psnr_p10, found.ssim, found.frechet, found.consistency)
-    return dict(zip((metric.name for metric in METRICS), values, strict=True))
+    return {
+        "psnr": found.psnr,
+        "p10": found.psnr_p10,
+        "ssim": found.ssim,
+        "frechet": found.frechet,
+        "class": found.consistency,
+    }
+
+
+@cache
+def _real_videos() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return moving_data.make_videos(500, generator=generator, split="held out").videos
+
+
+def _videos(samples: Tensor, uncached: Tensor, labels: Tensor) -> dict[str, float]:
+    found = moving_quality.evaluate(samples, uncached, labels, moving_models.load_classifier(), _real_videos())
+    return {
+        "psnr": found.psnr,
+        "p10": found.psnr_p10,
+        "ssim": found.ssim,
+        "frame": found.worst_frame,
+        "change": found.change_psnr,
+        "frechet": found.frechet,
+        "class": found.consistency,
+    }
 
 
 def _scheduler(make: Any, settings: Mapping[str, Any], steps: int) -> Any:
@@ -119,6 +149,21 @@ def _flow(steps: int, cfg: float = 2.0) -> Case:
     )
 
 
+def _video(steps: int) -> Case:
+    return Case(
+        name=f"video-{steps}",
+        title=f"Moving digits, Latte (flow), Euler, {steps} steps, CFG 2",
+        steps=steps,
+        load=moving_models.load_latte,
+        sample=moving.sample_latte,
+        sampler="Euler with shifted times, CFG 2 in one call",
+        guided=True,
+        solvers=_solvers("Euler", moving.FLOW_SCHEDULE),
+        judge=_videos,
+        tensors="BCFHW",
+    )
+
+
 def labels_of(num: int) -> Tensor:
     """Every class equally often."""
     return torch.arange(num) % NUM_CLASSES
@@ -131,6 +176,8 @@ CASES: dict[str, Case] = {
         _flow(50),
         _dit(20),
         _flow(20),
+        _video(50),
+        _video(20),
         _dit(20, cfg=1.5),
         _flow(20, cfg=1.0),
         _flow(20, cfg=4.0),

@@ -67,6 +67,8 @@ class Peer(ABC):
             self.prepare(model, steps, calibrate)
         except ImportError as error:
             raise NotHere(f"{self.name}: {error}. Install the extra: pip install 'omnifx[peers]'.") from error
+        except NotHere:
+            raise
         except (ValueError, RuntimeError, AttributeError, TypeError, KeyError, IndexError) as error:
             raise NotHere(f"{self.name} refuses {type(model).__name__}: {_first_line(error)}") from error
         return Attached(model, self, steps)
@@ -236,6 +238,8 @@ class DBCache(Peer):
     def prepare(self, model: nn.Module, steps: int, calibrate: Callable[[Any], object]) -> None:
         if importlib.util.find_spec("cache_dit") is None:
             raise ImportError("cache-dit is not installed")
+        if hasattr(model, "temporal_transformer_blocks"):
+            raise NotHere(f"{self.name}: it runs one list of blocks in order; this model alternates between two.")
         import cache_dit
         from cache_dit.caching.patch_functors import DiTPatchFunctor
 

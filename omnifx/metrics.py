@@ -23,7 +23,7 @@ def psnr(samples: Tensor, reference: Tensor, *, data_range: float = 2.0) -> Tens
     Returns: [B] float64, in dB; infinite where a sample equals its reference.
     Raises: ConfigError if the shapes differ, a sample is empty, or `data_range` is not positive.
     """
-    _check_pair("psnr", samples, reference, data_range)
+    check_pair("psnr", samples, reference, data_range)
     squared_error = (samples.double() - reference.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(data_range**2 / squared_error)
 
@@ -43,10 +43,11 @@ def ssim(samples: Tensor, reference: Tensor, *, data_range: float = 2.0, window:
     Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861. The Gaussian's width is in proportion to the window, such
         that window 11 has the 1.5 pixels of that paper.
     """
-    _check_pair("ssim", samples, reference, data_range)
+    check_pair("ssim", samples, reference, data_range)
     if samples.ndim != 4:
         raise ConfigError(
-            f"ssim: expected images [B, C, H, W], got shape {list(samples.shape)}. Fold video frames into the batch."
+            f"ssim: expected images [B, C, H, W], got shape {list(samples.shape)}. Fold video frames into the "
+            "batch: omnifx.video_metrics.frames_of."
         )
     smallest_side = min(samples.shape[-2:])
     if window < 3 or window % 2 == 0 or window > smallest_side:
@@ -105,7 +106,8 @@ def _square_root(symmetric: Tensor) -> Tensor:
     return root
 
 
-def _check_pair(who: str, samples: Tensor, reference: Tensor, data_range: float) -> None:
+def check_pair(who: str, samples: Tensor, reference: Tensor, data_range: float) -> None:
+    """Refuse, in the name of `who`, what cannot be compared sample by sample. Raises: ConfigError."""
     if samples.shape != reference.shape:
         raise ConfigError(
             f"{who}: samples and reference must have the same shape, got {list(samples.shape)} and "

@@ -140,6 +140,6 @@ def test_inputs_that_cannot_be_compared_are_refused(call, message):
 
 
 def test_metrics_work_without_torchvision():
-    script = "import sys; sys.modules['torchvision'] = None; import omnifx.metrics"
+    script = "import sys; sys.modules['torchvision'] = None; import omnifx.learned_metrics, omnifx.metrics"
 
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,1 @@
+"""A small video diffusion transformer trained on moving digits: factorised attention over space and over time."""
