@@ -45,8 +45,8 @@ class Ask:
         asked = {name: value for name, value in vars(self).items() if value is not None and name != "speedup"}
         if asked and not policy.needs_profile:
             raise ConfigError(
-                f"policy {policy.name!r} plans nothing from what was measured, so {', '.join(asked)} cannot be promised. "
-                "Use one that plans ahead, such as 'auto'."
+                f"policy {policy.name!r} plans nothing from what was measured, so {', '.join(asked)} cannot be "
+                "promised. Use one that plans ahead, such as 'auto'."
             )
 
 

@@ -50,11 +50,11 @@ def calibrate(
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
         rollouts: Further generations, seeds `runs` to `runs + rollouts - 1`, whose samples tell what PSNR plans reach,
             as `min_psnr` of plans needs it. Each runs in full once, and once for each speedup: with the default ones
-            at the cost of 4.0 uncached generations. The error of the mean is in the plans' notes; for 0.5 dB it takes
+            at the cost of 3.0 uncached generations. The error of the mean is in the plans' notes; for 0.5 dB it takes
             50 to 200 samples on the digits models.
         speedups: What to measure, >= 1; those out of the policy's reach are left out.
-        min_psnr: dB that plans will be asked for: the very plans are measured, so that nothing is interpolated, at the
-            cost of one or two further generations of each seed.
+        min_psnr: dB that plans will be asked for: the very plans are measured too, so that nothing is interpolated; a
+            few further generations for each.
         data_range: Largest possible value of a sample minus the smallest; None: 255 for bytes, 1 or 2 for values within
             [0, 1] or [-1, 1], else the range of the uncached samples.
         save: Where to write the profile.
@@ -62,8 +62,9 @@ def calibrate(
         progress: Whether to show a progress bar.
 
     Returns: The profile of all runs.
-    Raises: ConfigError for `runs` < 1, rollouts that are not possible, a policy that decides at run time and learns nothing, or a model without
-        reusable branches; ProfileError if a run could not be measured, or ran other steps than the first.
+    Raises: ConfigError for `runs` < 1, rollouts that are not possible, a policy that decides at run time and learns
+        nothing, or a model without reusable branches; ProfileError if a run could not be measured, or ran other steps
+        than the first.
     Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it; for a policy with
     a prior as much again, and as much on the host. The samples of all rollouts, on the host.
     """
@@ -134,7 +135,11 @@ _PLANNING = ("profile", "plan", "speedup", "min_psnr", "target_ms", "steps", "tr
 
 
 def _checked(
-    policy: Policy, rollouts: int, speedups: Sequence[float], min_psnr: float | Sequence[float], data_range: float | None
+    policy: Policy,
+    rollouts: int,
+    speedups: Sequence[float],
+    min_psnr: float | Sequence[float],
+    data_range: float | None,
 ) -> tuple[float, ...]:
     """The PSNRs to refine; raises ConfigError if the rollouts are not possible."""
     wanted = (min_psnr,) if isinstance(min_psnr, int | float) else tuple(min_psnr)

@@ -182,7 +182,8 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("profile.safetensors"),
     runs: Annotated[int, typer.Option(help="Generations to measure; from 3 on, a third judges the corrections.")] = 1,
     rollouts: Annotated[
-        int, typer.Option(help="Further generations, whose samples tell what PSNR plans reach; generate() returns them.")
+        int,
+        typer.Option(help="Further generations, whose samples tell what PSNR plans reach; generate() returns them."),
     ] = 0,
     min_psnr: Annotated[
         list[float] | None, typer.Option(help="dB that plans will be asked for, to measure those very plans.")

@@ -7,10 +7,10 @@ inner products follow: W G W^T. The model is not called.
 - Outputs o(t): cubic splines through the recorded ones, straight lines beyond them.
 - Noise: q of a step is what reusing the cuts of the step before causes, nearly a sum over the way between both, so the
   sum of all q up to a time is interpolated, and differences are taken.
-- Latents: a solver's step is x' = a x + b o (`omnifx.path`). Steps that share one output compose: with A_k the product of
-  all a before step k, and C_k the sum of b_l / A_{l+1}, a step from t to t' is a = A' / A, b = A' (C' - C). That is exact
-  for DDIM and Euler; A and C are read at the new times, and the new path is walked with them. Where steps are not such
-  (the solver clips, adds noise, or remembers outputs), x(t) is interpolated like the outputs.
+- Latents: a solver's step is x' = a x + b o (`omnifx.path`). Steps that share one output compose: with A_k the product
+  of all a before step k, and C_k the sum of b_l / A_{l+1}, a step from t to t' is a = A' / A, b = A' (C' - C). That is
+  exact for DDIM and Euler; A and C are read at the new times, and the new path is walked with them. Where steps are not
+  such (the solver clips, adds noise, or remembers outputs), x(t) is interpolated like the outputs.
 
 Source: ours; composition of DDIM steps, arXiv:2010.02502, of Euler steps, arXiv:2209.03003.
 Loss, on the digits models: see docs/asking.md.
@@ -59,7 +59,7 @@ def resampled(profile: Profile, *, timesteps: Sequence[float] | None = None, ste
     new = np.asarray(timesteps_like(meta.timesteps, steps) if steps is not None else timesteps, dtype=np.float64)
     for what, times in (("the profile's timesteps", old), ("timesteps", new)):
         _check_times(what, times, falling=bool(old[-1] < old[0]))
-    weights = _weights(profile, old, new)
+    path = None if profile.path is None else _path(profile.path, old, new)
     plain = torch.from_numpy(_blocks(_spline(old, new), old, new))
     return replace(
         profile,
@@ -76,7 +76,7 @@ def resampled(profile: Profile, *, timesteps: Sequence[float] | None = None, ste
         moves=_moves(profile, old, new),
         changes=None,
         prior=None,
-        path=None if profile.path is None else weights @ profile.path @ weights.T,
+        path=path,
     )
 
 
@@ -96,7 +96,7 @@ def timesteps_like(timesteps: Sequence[float], steps: int) -> tuple[float, ...]:
             return tuple(wanted.tolist())
     shown = ", ".join(f"{time:g}" for time in old[:3])
     raise ConfigError(
-        f"the {len(old)} timesteps {shown}, ... follow no rule that is known, so those of {steps} steps cannot be told. "
+        f"the {len(old)} timesteps {shown}, ... follow no rule that is known, so those of {steps} steps are not known. "
         f"Give them as timesteps=: what your scheduler holds after set_timesteps({steps}), as the model sees them."
     )
 
@@ -107,7 +107,7 @@ FEWEST_TIMES = 4
 def _rules(old: Array, steps: int) -> Iterator[Array | None]:
     """The timesteps of every rule, at this number of steps; None where the rule does not allow them."""
     k, total = np.arange(steps, dtype=np.float64), TRAIN_STEPS
-    yield (steps - 1 - k) * (total // steps) + old[-1] if steps <= total else None
+    yield (steps - 1 - k) * (total // steps) + old[-1] if old[-1] in (0, 1) and steps <= total else None
     yield np.round(total - k * total / steps) - 1
     yield np.round(np.linspace(0, total - 1, steps))[::-1]
     for least in (lambda number: 1 / number, lambda number: 1 / total):
@@ -125,31 +125,70 @@ def _check_times(what: str, times: Array, *, falling: bool) -> None:
     if not ((ways < 0) if falling else (ways > 0)).all():
         raise ConfigError(
             f"resampled: {what} must {'fall' if falling else 'rise'} throughout, like the measured ones, got "
-            f"{times[:4].tolist()}, ...; samplers that call the model twice at a time cannot be interpolated. Calibrate "
-            "at these steps."
+            f"{times[:4].tolist()}, ...; samplers that call the model twice at a time cannot be interpolated. "
+            "Calibrate at these steps."
         )
 
 
-def _weights(profile: Profile, old: Array, new: Array) -> Tensor:
-    """[3 S', 3 S] of the sampler's path: what the new latents, outputs and noise are made of."""
-    outputs = _spline(old, new)
-    weights = _blocks(outputs, old, new)
-    if profile.path is None:
-        return torch.from_numpy(weights)
-    path = Path.of(profile.path.sum((0, 1)), profile.meta.timesteps)
-    if float(np.median(path.residual)) > MOST_RESIDUAL or (path.a <= 0.0).any():
-        return torch.from_numpy(weights)
-    size, count = len(old), len(new)
+def _path(grams: Tensor, old: Array, new: Array) -> Tensor:
+    """[runs, halves, 3 S', 3 S'] of the sampler's path.
+
+    Between two recorded times lies what no interpolation can know, and a forecast must not take it for predictable. So
+    each new output also gets a direction of its own, as long as what leaving out the recorded outputs beside it does to
+    the spline, in proportion to how far it lies from them.
+    """
+    size, count, outputs = len(old), len(new), _spline(old, new)
+    path = Path.of(grams.sum((0, 1)), old.tolist())
+    walks = float(np.median(path.residual)) <= MOST_RESIDUAL and bool((path.a > 0.0).all())
+    parts = grams.flatten(0, 1)  # [runs * halves, 3 S, 3 S]
+    own = np.stack([_unknown(part[size : 2 * size, size : 2 * size].numpy(), old, new) for part in parts])
+    weights = np.zeros((3 * count, 3 * size + count))
+    weights[:, : 3 * size] = _blocks(outputs, old, new)
+    weights[count : 2 * count, 3 * size :] = np.eye(count)
+    if walks:
+        _walk(weights, path, outputs)
+    found = []
+    for part, lengths in zip(parts.numpy(), own, strict=True):
+        gram = np.zeros((3 * size + count,) * 2)
+        gram[: 3 * size, : 3 * size] = part
+        gram[3 * size :, 3 * size :] = np.diag(lengths)
+        found.append(weights @ gram @ weights.T)
+    return torch.from_numpy(np.stack(found)).reshape(*grams.shape[:2], 3 * count, 3 * count)
+
+
+def _walk(weights: Array, path: Path, outputs: Array) -> None:
+    """Replace the new latents' weights by those of a solver that takes the new steps."""
+    count = len(outputs)
     grown = np.concatenate([[0.0], np.cumsum(np.log(path.a[:-1]))])  # log A at each step
     added = np.concatenate([[0.0], np.cumsum(path.b[:-1] / np.exp(grown[1:]))])  # C
     grown, added = outputs @ grown, outputs @ added
-    row = weights[0].copy()
-    for k in range(count):
-        weights[k] = row
-        if k + 1 < count:
-            row = np.exp(grown[k + 1] - grown[k]) * row
-            row[size : 2 * size] += np.exp(grown[k + 1]) * (added[k + 1] - added[k]) * outputs[k]
-    return torch.from_numpy(weights)
+    for k in range(count - 1):
+        step = np.exp(grown[k + 1]) * (added[k + 1] - added[k])
+        weights[k + 1] = np.exp(grown[k + 1] - grown[k]) * weights[k] + step * weights[count + k]
+
+
+def _unknown(gram: Array, old: Array, new: Array) -> Array:
+    """[S']: squared length of what is not known of each new output, from [S, S] inner products of the recorded ones."""
+    size = len(old)
+    missed = np.zeros(size)
+    for k in range(1, size - 1):
+        others = np.delete(np.arange(size), k)
+        off = np.zeros(size)
+        off[others] = _spline(old[others], old[k : k + 1])[0]
+        off[k] = -1.0
+        missed[k] = off @ gram @ off
+    missed[0], missed[-1] = missed[1], missed[-2]
+    falling = old[-1] < old[0]
+    at, of = (old[::-1], missed[::-1]) if falling else (old, missed)
+    right = np.clip(np.searchsorted(at, new), 1, size - 1)
+    share = (new - at[right - 1]) / (at[right] - at[right - 1])
+    near = np.maximum(of[right - 1], of[right])
+    return np.asarray(near * (UNKNOWN * 4 * np.abs(share * (1 - share))) ** 2)
+
+
+UNKNOWN = 0.25
+"""What is missed of an output in the middle between two recorded ones, as a share of what is missed of one between two
+that are twice as far apart. Errors of smooth functions fall by 4 for straight lines."""
 
 
 def _blocks(spline: Array, old: Array, new: Array) -> Array:
