@@ -36,7 +36,10 @@ from omnifx.profile import Profile
 from omnifx.transfer import resampled
 
 ASKED = (45.0, 50.0, 55.0)
-SAMPLES = {"psnr": 150, "steps": 100, "others": 50}
+SAMPLES = {"dit": 150, "flow": 100}
+"""Of a calibration's rollouts, and as many that are reported, where a PSNR is promised."""
+COMPARED = 50
+"""Samples of a transferred plan, the same ones as of the plan that it is compared with."""
 CALIBRATION_BATCH = 8
 CALIBRATION_RUNS = 3
 TRANSFERS = ((50, 20), (50, 30), (20, 50))
@@ -281,7 +284,7 @@ def main(arguments: list[str] | None = None) -> Figures:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--parts", nargs="+", choices=["psnr", "time", "steps", "others"])
-    parser.add_argument("--lowering", choices=["inductor", "eager"], default="eager", help="of all parts but time")
+    parser.add_argument("--lowering", choices=["inductor", "eager"], default="eager", help="of all generations")
     parser.add_argument("--out", default="", help="a JSON file to write")
     parser.add_argument("--smoke", action="store_true", help="10 steps, 8 samples, one PSNR: a minute")
     args = parser.parse_args(arguments)
@@ -301,17 +304,16 @@ def main(arguments: list[str] | None = None) -> Figures:
 
 def _rows_of(part: str, name: str, *, lowering: str, smoke: bool) -> Any:
     """The tables of one part and model, one after the other."""
-    samples = 8 if smoke else SAMPLES.get(part, 0)
+    samples = 8 if smoke else SAMPLES[name] if part == "psnr" else COMPARED
     if part == "psnr":
         for steps in (10,) if smoke else (50, 20):
             yield asked_rows(name, steps=steps, samples=samples, lowering=lowering, asked=(30.0,) if smoke else ASKED)
     elif part == "time":
-        how = "eager" if smoke else "inductor"
-        yield time_rows(name, steps=10 if smoke else 50, lowering=how, shares=SHARES, repeats=1 if smoke else 5)
+        yield time_rows(name, steps=10 if smoke else 50, lowering=lowering, shares=SHARES, repeats=1 if smoke else 3)
     elif part == "steps":
         yield step_rows(name, pairs=((10, 8),) if smoke else TRANSFERS, samples=samples, lowering=lowering)
     else:
-        yield other_rows(name, steps=10 if smoke else 50, samples=samples, lowering=lowering)
+        yield other_rows(name, steps=10 if smoke else 20, samples=samples, lowering=lowering)
 
 
 if __name__ == "__main__":

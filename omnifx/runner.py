@@ -426,7 +426,8 @@ class Runner:
                 table.check(args)
         before = self._before(job, args) if computes else {}
         extra = self._extra_inputs(variant, job, args)
-        outputs = self._timed(variant, job, [*args, *extra]) if stream.recording else variant.run([*args, *extra])
+        timed = stream.recording is not None and self.conductor is not None  # not one of many parts of a step
+        outputs = self._timed(variant, job, [*args, *extra]) if timed else variant.run([*args, *extra])
         outputs = self._apart(variant, job, outputs)
         labels = variant.extra_outputs if variant.spec == spec else ()
         self._store_outputs(labels, job, outputs[program.num_outputs :][: len(labels)])

@@ -134,24 +134,24 @@ def _path(grams: Tensor, old: Array, new: Array) -> Tensor:
     """[runs, halves, 3 S', 3 S'] of the sampler's path.
 
     Between two recorded times lies what no interpolation can know, and a forecast must not take it for predictable. So
-    each new output also gets a direction of its own, as long as what leaving out the recorded outputs beside it does to
-    the spline, in proportion to how far it lies from them.
+    each new output, and each new sum of noise, also gets a direction of its own, as long as what leaving out the
+    recorded ones beside it does to the spline, in proportion to how far it lies from them.
     """
     size, count, outputs = len(old), len(new), _spline(old, new)
     path = Path.of(grams.sum((0, 1)), old.tolist())
     walks = float(np.median(path.residual)) <= MOST_RESIDUAL and bool((path.a > 0.0).all())
-    parts = grams.flatten(0, 1)  # [runs * halves, 3 S, 3 S]
-    own = np.stack([_unknown(part[size : 2 * size, size : 2 * size].numpy(), old, new) for part in parts])
-    weights = np.zeros((3 * count, 3 * size + count))
+    weights = np.zeros((3 * count, 3 * size + 2 * count))
     weights[:, : 3 * size] = _blocks(outputs, old, new)
-    weights[count : 2 * count, 3 * size :] = np.eye(count)
+    weights[count : 2 * count, 3 * size : 3 * size + count] = np.eye(count)
+    weights[2 * count :, 3 * size + count :] = np.diff(np.eye(count), axis=0, prepend=np.eye(count)[:1])
     if walks:
         _walk(weights, path, outputs)
-    found = []
-    for part, lengths in zip(parts.numpy(), own, strict=True):
-        gram = np.zeros((3 * size + count,) * 2)
+    sums, found = np.tri(size), []
+    for part in grams.flatten(0, 1).numpy():  # runs and halves
+        known = part[size : 2 * size, size : 2 * size], sums @ part[2 * size :, 2 * size :] @ sums.T
+        gram = np.zeros((weights.shape[1],) * 2)
         gram[: 3 * size, : 3 * size] = part
-        gram[3 * size :, 3 * size :] = np.diag(lengths)
+        gram[3 * size :, 3 * size :] = np.diag(np.concatenate([_unknown(each, old, new) for each in known]))
         found.append(weights @ gram @ weights.T)
     return torch.from_numpy(np.stack(found)).reshape(*grams.shape[:2], 3 * count, 3 * count)
 
@@ -168,7 +168,7 @@ def _walk(weights: Array, path: Path, outputs: Array) -> None:
 
 
 def _unknown(gram: Array, old: Array, new: Array) -> Array:
-    """[S']: squared length of what is not known of each new output, from [S, S] inner products of the recorded ones."""
+    """[S']: squared length of what is not known of each new vector, from [S, S] inner products of the recorded ones."""
     size = len(old)
     missed = np.zeros(size)
     for k in range(1, size - 1):
