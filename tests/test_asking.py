@@ -95,7 +95,7 @@ def test_a_profile_keeps_what_was_measured(tmp_path: Path) -> None:
 # -- min_psnr ----------------------------------------------------------------------------------------------------------
 
 
-@given(wanted=st.floats(40.0, 60.0))
+@given(wanted=st.floats(40.0, 59.0))
 def test_the_plan_is_the_fastest_one_that_is_expected_to_be_good_enough(wanted: float) -> None:
     found = quality()
     speedups = [20 / computed for computed in range(5, 14)] + [1.5]
@@ -204,7 +204,7 @@ def run(model: Any, seed: int) -> Tensor:
 def measured() -> tuple[Any, Profile]:
     model = toy()
     profile = omnifx.calibrate(
-        model, run, rollouts=2, speedups=(1.5, 3.0), min_psnr=70.0, data_range=8.0, options=EAGER, progress=False
+        model, run, rollouts=2, speedups=(1.5, 3.0), min_psnr=60.0, data_range=8.0, options=EAGER, progress=False
     )
     return model, profile
 
@@ -230,20 +230,20 @@ def test_the_very_plan_for_a_refined_psnr_was_measured(measured: tuple[Any, Prof
     _, profile = measured
     (found,) = profile.meta.quality
 
-    plan = omnifx.make_plan(profile, min_psnr=70.0)
+    plan = omnifx.make_plan(profile, min_psnr=60.0)
 
     assert len(found.points) > 2
     assert found.measured(plan.speedup)
     assert plan.expected_psnr is not None
-    assert plan.expected_psnr >= 70.0
+    assert plan.expected_psnr >= 60.0
     faster = [point for point in found.points if point.speedup > plan.speedup]
-    assert all(point.psnr < 70.0 for point in faster)
+    assert all(point.psnr < 60.0 for point in faster)
 
 
 def test_a_compiled_model_follows_what_min_psnr_asks_for(measured: tuple[Any, Profile], tmp_path: Path) -> None:
     model, profile = measured
     profile.save(tmp_path / "p.safetensors")
-    options = {**EAGER, "profile": str(tmp_path / "p.safetensors"), "min_psnr": 70.0}
+    options = {**EAGER, "policy": "auto", "profile": str(tmp_path / "p.safetensors"), "min_psnr": 60.0}
     fast = torch.compile(model, backend="omnicache", options=options)
 
     generate(fast, seed=5, steps=STEPS)
@@ -252,7 +252,7 @@ def test_a_compiled_model_follows_what_min_psnr_asks_for(measured: tuple[Any, Pr
     log = omnifx.stats(fast).generations[-1]
     assert not log.reasons
     assert log.speedup == pytest.approx(plan.speedup, rel=1e-6)
-    assert plan.steps == omnifx.make_plan(profile, min_psnr=70.0).steps
+    assert plan.steps == omnifx.make_plan(profile, min_psnr=60.0).steps
 
 
 def test_a_merged_profile_forgets_what_was_measured_of_its_parts(measured: tuple[Any, Profile]) -> None:

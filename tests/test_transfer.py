@@ -211,7 +211,7 @@ def test_a_plan_that_was_not_transferred_needs_its_own_profile() -> None:
 def test_with_transfer_a_marked_generation_of_other_steps_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omnifx.transfer.timesteps_like", lambda known, steps: tuple(timesteps(steps)))
     model, profile = measured_toy(16)
-    options = {**EAGER, "profile": profile, "profile_cache": False, "speedup": 2.0}
+    options = {**EAGER, "policy": "auto", "profile": profile, "profile_cache": False, "speedup": 2.0}
     fast = torch.compile(model, backend="omnicache", options={**options, "transfer": True})
 
     with omnifx.generation(fast, steps=10):
@@ -230,9 +230,11 @@ def test_steps_that_cannot_be_transferred_are_measured_and_told() -> None:
     options = {**EAGER, "profile": replace(profile, meta=odd), "profile_cache": False, "transfer": True}
     fast = torch.compile(model, backend="omnicache", options=options)
 
-    with pytest.warns(omnifx.OmnifxWarning, match="no plan could be interpolated for 10 steps"):
-        with omnifx.generation(fast, steps=10):
-            generate(fast, seed=3, steps=10)
+    with (
+        pytest.warns(omnifx.OmnifxWarning, match="no plan could be interpolated for 10 steps"),
+        omnifx.generation(fast, steps=10),
+    ):
+        generate(fast, seed=3, steps=10)
 
     assert set(omnifx.stats(fast).generations[0].reasons) == {"measured: no plan for these steps yet"}
 
