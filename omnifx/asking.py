@@ -100,10 +100,10 @@ def least_enough(policy: Policy, profile: Profile, found: Quality, wanted: float
         expected = found.at(plan.speedup)
         if expected is not None and expected.psnr >= wanted:
             return plan, asked
-    mildest = found.points[0]
+    best = max(found.points, key=lambda point: point.psnr)
     raise ConfigError(
-        f"{policy.name}: min_psnr={wanted:g} dB is out of reach: the mildest plan that was measured, "
-        f"{mildest.speedup:.2f}x, gives {mildest.psnr:.1f} dB. Ask for less, or calibrate with smaller speedups."
+        f"{policy.name}: min_psnr={wanted:g} dB is out of reach: the best plan that was measured, {best.speedup:.2f}x, "
+        f"gives {best.psnr:.1f} dB. Ask for less, or calibrate with smaller speedups."
     )
 
 

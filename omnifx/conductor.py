@@ -385,6 +385,8 @@ class Conductor:
             if not self.transfer:
                 self.log.note(f"a profile of {profile.num_steps} steps is not used: steps={self.steps} was asked for")
                 return None
+            if any(e.profile.num_steps == self.steps and not e.profile.meta.resampled_from for e in self.entries):
+                return None  # that was measured
             profile = resampled(profile, steps=self.steps)
         if plan is None:
             plan = plan_for(self.policy, profile if self.filters else _unfiltered(profile), self.ask)

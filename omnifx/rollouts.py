@@ -107,7 +107,7 @@ class Rollouts:
     def _refined(self, quality: Quality, wanted: float) -> Quality:
         """With the plan measured that is chosen for this PSNR, until one is chosen that was."""
         while True:
-            if quality.points[0].psnr < wanted:  # milder plans, half as far from none at all
+            if all(point.psnr < wanted for point in quality.points):  # milder ones, half as far from no speedup
                 asked = math.sqrt(quality.points[0].asked)
                 plan = self._plan(asked) if asked > 1.0 + 1.0 / self.profile.num_steps else None
                 if plan is None:
@@ -141,20 +141,20 @@ class Rollouts:
 
     def _run(self, plan: Plan, seed: int) -> Tensor:
         """The samples of one generation that follows a plan."""
-        log = None
         with torch.no_grad(), generation(self._compiled):
             session = find_session(self._compiled)
+            before = max((log.number for log in session.log.generations), default=0)
             for conductor in session.conductors:
                 if conductor.entries:
                     conductor.add_profile(self.profile, plan)
             result = self.generate(self._compiled, seed)
-            log = session.log.generations[-1] if session.log.generations else None
-        if log is None or not log.steps:
+            logs = [log for log in session.log.generations if log.number > before and log.steps]
+        if not logs:
             raise ConfigError("calibrate: generate() never called the model it was given.")
-        if log.reasons:
+        if reasons := [reason for log in logs for reason in log.reasons]:
             raise ProfileError(
                 f"calibrate: a generation that was to follow a plan of {plan.speedup:.2f}x ran steps in full: "
-                f"{'; '.join(log.reasons)}."
+                f"{'; '.join(dict.fromkeys(reasons))}."
             )
         self.tick()
         return samples_of(result)
