@@ -1,7 +1,7 @@
 """Whether plans keep what was asked of them, and what they lose where they are used on other things than were measured.
 
-    python -m benchmarks.asked [--models dit flow] [--parts psnr time steps others] [--lowering eager|inductor]
-                               [--out FILE] [--smoke]
+    python -m benchmarks.asked [--models dit flow] [--parts psnr time steps others] [--steps 50 20] [--samples N]
+                               [--lowering eager|inductor] [--out FILE] [--smoke]
 
 psnr    `min_psnr=`: PSNR asked, expected by the plan, and measured on seeds that no calibration saw
 time    `target_ms=`: milliseconds asked, expected, and measured of the model's calls of one generation; on one thread
@@ -36,9 +36,11 @@ from omnifx.profile import Profile
 from omnifx.transfer import resampled
 
 ASKED = (45.0, 50.0, 55.0)
-SAMPLES = {"dit": 150, "flow": 100}
+SAMPLES = 100
 """Of a calibration's rollouts, and as many that are reported, where a PSNR is promised."""
-COMPARED = 50
+ROLLED = {("dit", 50): (1.5, 2.5, 4.0, 6.0), ("flow", 50): (3.0, 5.0, 8.0)}
+"""Speedups that rollouts begin with; elsewhere 1.5, 2, 3 and 4."""
+COMPARED = 40
 """Samples of a transferred plan, the same ones as of the plan that it is compared with."""
 CALIBRATION_BATCH = 8
 CALIBRATION_RUNS = 3
@@ -103,6 +105,7 @@ def asked_rows(name: str, *, steps: int, samples: int, lowering: str, asked: Seq
         generate,
         runs=runs,
         rollouts=rollouts,
+        speedups=ROLLED.get((name, steps), (1.5, 2.0, 3.0, 4.0)),
         min_psnr=asked,
         data_range=2.0,
         options={"lowering": lowering},
@@ -284,6 +287,8 @@ def main(arguments: list[str] | None = None) -> Figures:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--parts", nargs="+", choices=["psnr", "time", "steps", "others"])
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20], help="of the part psnr")
+    parser.add_argument("--samples", type=int, help=f"default: {SAMPLES} for psnr, {COMPARED} for the others")
     parser.add_argument("--lowering", choices=["inductor", "eager"], default="eager", help="of all generations")
     parser.add_argument("--out", default="", help="a JSON file to write")
     parser.add_argument("--smoke", action="store_true", help="10 steps, 8 samples, one PSNR: a minute")
@@ -294,7 +299,8 @@ def main(arguments: list[str] | None = None) -> Figures:
     for part in parts:
         figures[part] = []
         for name in ["dit"] if args.smoke else args.models:
-            for rows in _rows_of(part, name, lowering=args.lowering, smoke=args.smoke):
+            samples = 8 if args.smoke else args.samples or (SAMPLES if part == "psnr" else COMPARED)
+            for rows in _rows_of(part, name, args.steps, samples, lowering=args.lowering, smoke=args.smoke):
                 figures[part] += rows
                 show({part: rows}, console)
                 if args.out:
@@ -302,11 +308,10 @@ def main(arguments: list[str] | None = None) -> Figures:
     return figures
 
 
-def _rows_of(part: str, name: str, *, lowering: str, smoke: bool) -> Any:
+def _rows_of(part: str, name: str, counts: Sequence[int], samples: int, *, lowering: str, smoke: bool) -> Any:
     """The tables of one part and model, one after the other."""
-    samples = 8 if smoke else SAMPLES[name] if part == "psnr" else COMPARED
     if part == "psnr":
-        for steps in (10,) if smoke else (50, 20):
+        for steps in (10,) if smoke else counts:
             yield asked_rows(name, steps=steps, samples=samples, lowering=lowering, asked=(30.0,) if smoke else ASKED)
     elif part == "time":
         yield time_rows(name, steps=10 if smoke else 50, lowering=lowering, shares=SHARES, repeats=1 if smoke else 3)
