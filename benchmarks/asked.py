@@ -194,26 +194,17 @@ def _timed_model(case: Case, options: Figures, steps: int, batch: int, *, repeat
     return compiled, min(spent[3:])
 
 
-def step_rows(name: str, *, pairs: Sequence[tuple[int, int]], samples: int, lowering: str) -> list[Figures]:
-    """Plans for other numbers of steps than were measured."""
+def step_rows(
+    name: str, measured: int, used: int, *, samples: int, lowering: str, speedups: Sequence[float] = SPEEDUPS
+) -> list[Figures]:
+    """Plans for another number of steps than was measured."""
     case, labels = CASES[name], labels_of(samples)
-    counts = sorted({count for pair in pairs for count in pair})
-    profiles = {steps: calibrated(case, steps=steps, lowering=lowering) for steps in counts}
-    true = {steps: sampled(case, case.load(), range(samples), labels, steps) for steps in {b for _, b in pairs}}
-    rows = []
-    for measured, used in pairs:
-        moved = resampled(profiles[measured], steps=used)
-        for speedup in SPEEDUPS:
-            rows.append(
-                _compared(
-                    {"model": name, "measured at": f"{measured} steps", "used at": f"{used} steps"},
-                    case,
-                    (moved, profiles[used]),
-                    speedup,
-                    partial(reached, true=true[used], labels=labels, lowering=lowering),
-                )
-            )
-    return rows
+    own = calibrated(case, steps=used, lowering=lowering)
+    moved = resampled(calibrated(case, steps=measured, lowering=lowering), steps=used)
+    true = sampled(case, case.load(), range(samples), labels, used)
+    row: Figures = {"model": name, "measured at": f"{measured} steps", "used at": f"{used} steps"}
+    measure = partial(reached, true=true, labels=labels, lowering=lowering)
+    return [_compared(row, case, (moved, own), speedup, measure) for speedup in speedups]
 
 
 def other_rows(name: str, *, steps: int, samples: int, lowering: str) -> list[Figures]:
@@ -316,7 +307,8 @@ def _rows_of(part: str, name: str, counts: Sequence[int], samples: int, *, lower
     elif part == "time":
         yield time_rows(name, steps=10 if smoke else 50, lowering=lowering, shares=SHARES, repeats=1 if smoke else 3)
     elif part == "steps":
-        yield step_rows(name, pairs=((10, 8),) if smoke else TRANSFERS, samples=samples, lowering=lowering)
+        for measured, used in ((10, 8),) if smoke else TRANSFERS:
+            yield step_rows(name, measured, used, samples=samples, lowering=lowering)
     else:
         yield other_rows(name, steps=10 if smoke else 20, samples=samples, lowering=lowering)
 
