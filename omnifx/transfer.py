@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from omnifx.errors import ConfigError
-from omnifx.path import Array, Path
+from omnifx.path import Array
 from omnifx.profile import Profile
 
 TRAIN_STEPS = 1000
@@ -138,14 +138,13 @@ def _path(grams: Tensor, old: Array, new: Array) -> Tensor:
     recorded ones beside it does to the spline, in proportion to how far it lies from them.
     """
     size, count, outputs = len(old), len(new), _spline(old, new)
-    path = Path.of(grams.sum((0, 1)), old.tolist())
-    walks = float(np.median(path.residual)) <= MOST_RESIDUAL and bool((path.a > 0.0).all())
+    a, b, residual = _solver(grams.sum((0, 1)).numpy(), size)
     weights = np.zeros((3 * count, 3 * size + 2 * count))
     weights[:, : 3 * size] = _blocks(outputs, old, new)
     weights[count : 2 * count, 3 * size : 3 * size + count] = np.eye(count)
     weights[2 * count :, 3 * size + count :] = np.diff(np.eye(count), axis=0, prepend=np.eye(count)[:1])
-    if walks:
-        _walk(weights, path, outputs)
+    if float(np.median(residual)) <= MOST_RESIDUAL and bool((a > 0.0).all()):
+        _walk(weights, a, b, outputs)
     sums, found = np.tri(size), []
     for part in grams.flatten(0, 1).numpy():  # runs and halves
         known = part[size : 2 * size, size : 2 * size], sums @ part[2 * size :, 2 * size :] @ sums.T
@@ -156,11 +155,26 @@ def _path(grams: Tensor, old: Array, new: Array) -> Tensor:
     return torch.from_numpy(np.stack(found)).reshape(*grams.shape[:2], 3 * count, 3 * count)
 
 
-def _walk(weights: Array, path: Path, outputs: Array) -> None:
+def _solver(gram: Array, size: int) -> tuple[Array, Array, Array]:
+    """For each step but the last, a and b of ``x' = a x + b o`` by least squares, and what that leaves of the step's
+    length; no unit."""
+    a, b, residual = np.ones(size - 1), np.zeros(size - 1), np.zeros(size - 1)
+    for k in range(size - 1):
+        known, aim = [k, size + k], gram[k + 1, k + 1]
+        products, target = gram[np.ix_(known, known)], gram[known, k + 1]
+        found = np.linalg.lstsq(products, target, rcond=None)[0]
+        length = gram[k, k] - 2 * gram[k, k + 1] + aim
+        left = aim - 2 * found @ target + found @ products @ found
+        a[k], b[k] = found
+        residual[k] = np.sqrt(max(left, 0.0) / length) if length > 0.0 else 0.0
+    return a, b, residual
+
+
+def _walk(weights: Array, a: Array, b: Array, outputs: Array) -> None:
     """Replace the new latents' weights by those of a solver that takes the new steps."""
     count = len(outputs)
-    grown = np.concatenate([[0.0], np.cumsum(np.log(path.a[:-1]))])  # log A at each step
-    added = np.concatenate([[0.0], np.cumsum(path.b[:-1] / np.exp(grown[1:]))])  # C
+    grown = np.concatenate([[0.0], np.cumsum(np.log(a))])  # log A at each step
+    added = np.concatenate([[0.0], np.cumsum(b / np.exp(grown[1:]))])  # C
     grown, added = outputs @ grown, outputs @ added
     for k in range(count - 1):
         step = np.exp(grown[k + 1]) * (added[k + 1] - added[k])
