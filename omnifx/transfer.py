@@ -13,7 +13,7 @@ inner products follow: W G W^T. The model is not called.
   such (the solver clips, adds noise, or remembers outputs), x(t) is interpolated like the outputs.
 
 Source: ours; composition of DDIM steps, arXiv:2010.02502, of Euler steps, arXiv:2209.03003.
-Loss, on the digits models: see docs/asking.md.
+Loss: see docs/asking.md.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from omnifx.profile import Profile
 TRAIN_STEPS = 1000
 """Timesteps that noise-predicting models are trained on, as the schedulers of diffusers count them."""
 
-MOST_RESIDUAL = 0.1
-"""Share of a solver's step, in the median, that may not be affine if the new path is to be walked by such steps."""
+MOST_RESIDUAL = 0.01
+"""Share of a solver's step, in the median, that may not be affine if the new path is to be walked by such steps. With
+0.1 a DDIM that clips is walked: on the digits DiT from 20 steps to 50 at 2x 51.9 dB, where interpolation gives 53.3."""
 
 
 def resampled(profile: Profile, *, timesteps: Sequence[float] | None = None, steps: int | None = None) -> Profile:
