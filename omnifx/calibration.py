@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from omnifx.asking import Ask, plan_for
 from omnifx.errors import ConfigError, ProfileError
 from omnifx.plan import Plan
-from omnifx.policy import Policy, resolve
+from omnifx.policy import Policy, check_speedup, resolve
 from omnifx.prior import Prior, merge_priors
 from omnifx.profile import Profile
+from omnifx.rollouts import SPEEDUPS, Rollouts
 from omnifx.runtime import RuntimePolicy, is_runtime
 from omnifx.session import find_session, generation, options_of
+from omnifx.transfer import resampled
 
 
 def calibrate(
@@ -26,29 +29,44 @@ def calibrate(
     *,
     policy: str | Policy = "auto",
     runs: int = 1,
+    rollouts: int = 0,
+    speedups: Sequence[float] = SPEEDUPS,
+    min_psnr: float | Sequence[float] = (),
+    data_range: float | None = None,
     save: str | Path | None = None,
     options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Measure `runs` ordinary generations, each run in full.
+    """Measure `runs` ordinary generations, each run in full; with `rollouts`, also what plans made from them are worth.
 
     Args:
         model: The denoiser, as it is or compiled with ``backend="omnicache"`` (whose lowering and Inductor options are
         used).
-        generate: ``generate(model, seed)`` runs one generation with the model it is given; its result is not used.
+        generate: ``generate(model, seed)`` runs one generation with the model it is given. With `rollouts` it returns
+            the samples, always the same ones for a seed: a tensor [B, ...], an array, images, or a pipeline's output.
         policy: What the profile is for. All read the latents, outputs and noise that every profile holds; those that
             ask for more (changes of branches or blocks, a prior) need a profile that was measured for them. One that
             decides at run time and learns from a model (`teacache`) gets the signals that it learns from, and no more.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
+        rollouts: Further generations, seeds `runs` to `runs + rollouts - 1`, whose samples tell what PSNR plans reach,
+            as `min_psnr` of plans needs it. Each runs in full once, and once for each speedup: with the default ones
+            at the cost of 3.0 uncached generations. The error of the mean is in the plans' notes; for 0.5 dB it takes
+            50 to 200 samples on the digits models.
+        speedups: What to measure, >= 1; those out of the policy's reach are left out.
+        min_psnr: dB that plans will be asked for: the very plans are measured too, so that nothing is interpolated; a
+            few further generations for each.
+        data_range: Largest possible value of a sample minus the smallest; None: 255 for bytes, 1 or 2 for values within
+            [0, 1] or [-1, 1], else the range of the uncached samples.
         save: Where to write the profile.
         options: Further options of the backend, such as ``{"lowering": "eager"}``.
         progress: Whether to show a progress bar.
 
     Returns: The profile of all runs.
-    Raises: ConfigError for `runs` < 1, a policy that decides at run time and learns nothing, or a model without
-        reusable branches; ProfileError if a run could not be measured, or ran other steps than the first.
+    Raises: ConfigError for `runs` < 1, rollouts that are not possible, a policy that decides at run time and learns
+        nothing, or a model without reusable branches; ProfileError if a run could not be measured, or ran other steps
+        than the first.
     Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it; for a policy with
-    a prior as much again, and as much on the host.
+    a prior as much again, and as much on the host. The samples of all rollouts, on the host.
     """
     if not isinstance(runs, int) or runs < 1:
         raise ConfigError(f"calibrate: runs must be a number >= 1, got {runs!r}.")
@@ -58,16 +76,17 @@ def calibrate(
             f"calibrate: policy {chosen.name!r} decides at run time and learns nothing of a model, so there is nothing "
             f"to measure. Use it as the option 'policy'; its own options here are {chosen.options}."
         )
+    wanted = _checked(chosen, rollouts, speedups, min_psnr, data_range)
     plain = getattr(model, "_orig_mod", model)
     taken = {**(options_of(model) or {}), **(options or {})}
-    taken = {key: value for key, value in taken.items() if key not in ("profile", "plan", "speedup", "steps")}
+    taken = {key: value for key, value in taken.items() if key not in _PLANNING}
     taken |= {"policy": chosen, "profile_cache": False, "record_only": True}
     compiled = torch.compile(plain, backend="omnicache", options=taken)
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     profiles: list[Profile] = []
     prior: Prior | None = None
     with Progress(*columns, disable=not progress, transient=True) as bar:
-        task = bar.add_task("runs", total=runs)
+        task = bar.add_task("runs", total=runs + rollouts * (1 + len(speedups)))
         for seed in range(runs):
             before = _measured(compiled) if seed else 0
             with torch.no_grad(), generation(compiled):
@@ -86,7 +105,21 @@ def calibrate(
             measured[-1] = replace(measured[-1], prior=None)  # of many runs, only the mean is held
             profiles.append(measured[-1])
             bar.advance(task)
-    profile = replace(merge(profiles), prior=prior)
+        profile = replace(merge(profiles), prior=prior)
+        if rollouts:
+            measuring = Rollouts(
+                plain,
+                generate,
+                chosen,
+                profile,
+                range(runs, runs + rollouts),
+                {key: value for key, value in taken.items() if key not in ("policy", "profile_cache", "record_only")},
+                data_range=data_range,
+                tick=lambda: bar.advance(task),
+                grow=lambda more: bar.update(task, total=(bar.tasks[0].total or 0) + more),
+            )
+            quality = measuring.measure(speedups, min_psnr=wanted)
+            profile = replace(profile, meta=profile.meta.model_copy(update={"quality": (quality,)}))
     if isinstance(chosen, RuntimePolicy) and not chosen.learned(profile.points())[1]:
         raise ProfileError(
             f"calibrate: {chosen.name} can learn nothing from {profile.num_steps} steps: it needs more of them, an "
@@ -95,6 +128,36 @@ def calibrate(
     if save is not None:
         profile.save(save)
     return profile
+
+
+_PLANNING = ("profile", "plan", "speedup", "min_psnr", "target_ms", "steps", "transfer")
+"""Options of a compiled model that say nothing of how it is measured."""
+
+
+def _checked(
+    policy: Policy,
+    rollouts: int,
+    speedups: Sequence[float],
+    min_psnr: float | Sequence[float],
+    data_range: float | None,
+) -> tuple[float, ...]:
+    """The PSNRs to refine; raises ConfigError if the rollouts are not possible."""
+    wanted = (min_psnr,) if isinstance(min_psnr, int | float) else tuple(min_psnr)
+    if not isinstance(rollouts, int) or isinstance(rollouts, bool) or rollouts < 0:
+        raise ConfigError(f"calibrate: rollouts must be a number >= 0, got {rollouts!r}.")
+    if wanted and not rollouts:
+        raise ConfigError(f"calibrate: min_psnr={min_psnr!r} is measured by rollouts; give their number, such as 4.")
+    for value in wanted:
+        Ask(min_psnr=value)
+    if rollouts and not policy.needs_profile:
+        raise ConfigError(f"calibrate: policy {policy.name!r} makes no plans from a profile that could be rolled out.")
+    if not speedups:
+        raise ConfigError("calibrate: speedups must hold at least one number >= 1, got none.")
+    for speedup in speedups:
+        check_speedup(speedup, default=1.0)
+    if data_range is not None and not data_range > 0:
+        raise ConfigError(f"calibrate: data_range must be > 0, got {data_range!r}.")
+    return wanted
 
 
 def merge(profiles: list[Profile]) -> Profile:
@@ -113,7 +176,13 @@ def merge(profiles: list[Profile]) -> Profile:
                 f"{first.num_steps} from "
                 f"{first.meta.timesteps[0]:g}; all runs must be of one model with the same steps and streams."
             )
-    meta = first.meta.model_copy(update={"num_runs": sum(p.meta.num_runs for p in profiles)})
+    timings = [p.meta.timing for p in profiles if p.meta.timing is not None]
+    update: dict[str, Any] = {
+        "num_runs": sum(p.meta.num_runs for p in profiles),
+        "timing": min(timings, key=lambda timing: timing.step_ms, default=None),  # the first run compiled
+        "quality": first.meta.quality if len(profiles) == 1 else (),  # of plans from fewer runs
+    }
+    meta = first.meta.model_copy(update=update)
     changes = [p.changes for p in profiles if p.changes is not None]
     signals = [p.signals for p in profiles if p.signals is not None]
     paths = [p.path for p in profiles if p.path is not None]
@@ -134,29 +203,36 @@ def make_plan(
     policy: str | Policy = "auto",
     speedup: float | None = None,
     min_psnr: float | None = None,
+    target_ms: float | None = None,
+    steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> Plan:
-    """Plan which branches each step computes, so that a generation costs at most 1/`speedup` of the uncached FLOPs.
+    """Plan which branches each step computes: for a speedup, or for the quality or the time that is asked for.
 
     Args:
         profile: Measured on this model with this sampler.
         policy: Chooses the rows; its own limits (for OmniCache: never three reuses in a row) come first.
         speedup: Ratio of FLOPs, uncached over planned; no unit, >= 1; None: the policy's default.
-        min_psnr: dB against the uncached output, instead of `speedup`; no policy of this version can promise one.
+        min_psnr: dB against the uncached samples, in the mean over samples, instead of `speedup`: the largest speedup
+            that is expected to reach it. Needs a profile of ``calibrate(..., rollouts=n)`` for this policy.
+        target_ms: Instead of both, what all calls of the model may take in one generation. Sampler, text encoder and
+            VAE are not counted.
+        steps: Number of steps, if it is another one than was measured: see `omnifx.transfer.resampled`.
+        timesteps: Instead of `steps`, the other timesteps, as the model sees them.
 
-    Returns: A plan of `profile.num_steps` steps; `plan.speedup` is the ratio reached.
-    Raises: ConfigError if `speedup` is beyond what the policy allows, naming the most it allows.
+    Returns: A plan of `profile.num_steps` steps, or as many as were asked for; `plan.speedup` is the ratio reached,
+        `plan.expected_psnr` the PSNR if that was measured; the notes tell of both.
+    Raises: ConfigError if more than one thing is asked for, it is out of reach (naming the most there is), or the
+        profile does not tell what it takes.
     Memory: none on the device; the plan is a few kilobytes.
     Source: the policy's own, see its file.
     """
-    if min_psnr is not None:
-        raise ConfigError(
-            f"make_plan: min_psnr={min_psnr!r} cannot be promised by policy {resolve(policy).name!r}; "
-            "ask for a speedup, and measure the quality it buys."
-        )
-    chosen = resolve(policy)
+    ask, chosen = Ask(speedup=speedup, min_psnr=min_psnr, target_ms=target_ms), resolve(policy)
     if profile.meta.unplannable and not is_runtime(chosen):
         raise ConfigError(f"make_plan: no plan can be made from the profile: {profile.meta.unplannable}")
-    return chosen.plan(profile, speedup=speedup)
+    if timesteps is not None or (steps is not None and steps != profile.num_steps):
+        profile = resampled(profile, steps=steps, timesteps=timesteps)
+    return plan_for(chosen, profile, ask)
 
 
 def _measured(compiled: object) -> int:

@@ -39,6 +39,7 @@ from omnifx.profile import Profile
 from omnifx.report import MatchReport, tokens_text, unnumbered
 from omnifx.results import Results
 from omnifx.runtime import RuntimePolicy
+from omnifx.transfer import resampled
 
 
 class Commands(TyperGroup):
@@ -182,6 +183,13 @@ def calibrate(
     target: Annotated[str, typer.Argument(help="module:factory or file.py:factory returning (model, generate).")],
     out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("profile.safetensors"),
     runs: Annotated[int, typer.Option(help="Generations to measure; from 3 on, a third judges the corrections.")] = 1,
+    rollouts: Annotated[
+        int,
+        typer.Option(help="Further generations, whose samples tell what PSNR plans reach; generate() returns them."),
+    ] = 0,
+    min_psnr: Annotated[
+        list[float] | None, typer.Option(help="dB that plans will be asked for, to measure those very plans.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="What the profile is for; see `omnifx policies`.")] = "auto",
     lowering: Annotated[Lowering, typer.Option(help="How the measured generations run.")] = "inductor",
 ) -> None:
@@ -194,13 +202,25 @@ def calibrate(
         raise ConfigError(f"calibrate: {target}() returned {_described(made)}, expected (model, generate).")
     _check_folder(out)
     model, generate = made
-    profile = omnifx.calibrate(model, generate, policy=policy, runs=runs, save=out, options={"lowering": lowering})
+    profile = omnifx.calibrate(
+        model,
+        generate,
+        policy=policy,
+        runs=runs,
+        rollouts=rollouts,
+        min_psnr=min_psnr or (),
+        save=out,
+        options={"lowering": lowering},
+    )
     meta = profile.meta
     typer.echo(
         f"{meta.model}: {meta.num_runs} run(s) of {profile.num_steps} steps, {meta.num_streams} stream(s), "
         f"{len(meta.branches)} branches that hold {1 - meta.cost_of((REUSE,) * len(meta.branches)):.1%} "
         f"of {meta.flops / 1e9:,.3f} GFLOP a call"
     )
+    for quality in meta.quality:
+        shown = ", ".join(f"{point.psnr:.1f} at {point.speedup:.2f}x" for point in quality.points)
+        typer.echo(f"PSNR in dB over {quality.num_samples} held-back samples: {shown}")
     size = f"{out.stat().st_size / 2**20:.1f} MiB"
     chosen = resolve(policy)
     if isinstance(chosen, RuntimePolicy):
@@ -218,12 +238,23 @@ def plan(
     speedup: Annotated[
         float | None, typer.Option(help="FLOPs uncached over planned; without it, the policy's default.")
     ] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="dB against the uncached samples, instead; needs a profile with rollouts.")
+    ] = None,
+    target_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds for the model's calls of a generation, instead.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps, if others than were measured: the profile is interpolated.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the plan, as JSON.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to draw the plan: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Plan which step computes and which reuses, from a profile; prints the timeline and what was decided."""
     measured = Profile.load(profile)
-    made = omnifx.make_plan(measured, policy=policy, speedup=speedup)
+    if steps is not None and steps != measured.num_steps:
+        measured = resampled(measured, steps=steps)
+    made = omnifx.make_plan(measured, policy=policy, speedup=speedup, min_psnr=min_psnr, target_ms=target_ms)
     typer.echo(str(made))
     _write_plan(made, measured, out, picture)
 

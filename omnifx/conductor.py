@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from omnifx.asking import Ask, plan_for
 from omnifx.changes import ChangeMeter, Changes
 from omnifx.clock import Marked, Reading, Timeline, largest_move
 from omnifx.errors import ConfigError, OmnifxWarning, ProfileError
@@ -29,6 +30,7 @@ from omnifx.sizes import Sizes
 from omnifx.spans import span_name
 from omnifx.store import CacheStore
 from omnifx.streams import Entry, Stream, Streams
+from omnifx.transfer import resampled
 from omnifx.weights import WeightWatch
 from omnifx.whole import MAX_LOOKS
 
@@ -108,6 +110,8 @@ class Call:
     """How often each program ran in this step."""
     changes: Changes | None = None
     """How the cuts had changed since the last steps, if that is recorded."""
+    times_ms: tuple[float, float] | None = None
+    """How long a recorded call's graph took, and what came before it."""
 
     @property
     def spans(self) -> tuple[str, ...]:
@@ -197,8 +201,10 @@ class Conductor:
         program: The one graph of a step; None if the model is broken, and its parts are to be found.
         frame_axis: Which axis of the latents counts frames, if any.
         policy: Makes a plan once a profile is there.
-        speedup: What to ask of the policy.
+        ask: What to ask of the policy.
         steps: The only number of steps to plan for, if not None.
+        transfer: Whether a profile of another number of steps may be interpolated.
+        place: Where the model runs, in words.
         record_budget: Most bytes of a recording.
         make_profile: A recording's profile.
         learned: Called with a new profile, to save it.
@@ -219,8 +225,10 @@ class Conductor:
         frame_axis: int | None,
         latent_shape: tuple[int, ...],
         policy: Policy,
-        speedup: float | None,
+        ask: Ask,
         steps: int | None,
+        transfer: bool = False,
+        place: str = "",
         store: CacheStore,
         log: Log,
         record_budget: int,
@@ -239,8 +247,10 @@ class Conductor:
         self.frame_axis = frame_axis
         self.broken = program is None
         self.policy = policy
-        self.speedup = speedup
+        self.ask = ask
         self.steps = steps
+        self.transfer = transfer
+        self.place = place
         self.store = store
         self.log = log
         self.record_budget = record_budget
@@ -263,6 +273,7 @@ class Conductor:
         self._recorded: dict[_Key, tuple[Recording, list[Stream]]] = {}
         self._recorders: dict[tuple[int, ...], Recorder] = {}
         self._refused_plan = ""
+        self._covered: set[int | None] = set()  # numbers of steps that were marked, for which there is what can be
         self._unseen_output = False
         self._empty_steps = 0  # steps in a row of which nothing was captured
         self._sealed = False  # whether all parts of a step are known
@@ -371,13 +382,34 @@ class Conductor:
     def add_profile(self, profile: Profile, plan: Plan | None = None) -> Plan | None:
         """Make a plan from a profile and follow it from the next generation on."""
         if self.steps is not None and profile.num_steps != self.steps:
-            self.log.note(f"a profile of {profile.num_steps} steps is not used: steps={self.steps} was asked for")
-            return None
+            if not self.transfer:
+                self.log.note(f"a profile of {profile.num_steps} steps is not used: steps={self.steps} was asked for")
+                return None
+            if any(e.profile.num_steps == self.steps and not e.profile.meta.resampled_from for e in self.entries):
+                return None  # that was measured
+            profile = resampled(profile, steps=self.steps)
         if plan is None:
-            plan = self.policy.plan(profile if self.filters else _unfiltered(profile), speedup=self.speedup)
+            plan = plan_for(self.policy, profile if self.filters else _unfiltered(profile), self.ask)
         self.streams.add_entry(Entry(profile, plan, self.timeline_of(profile)))
         self.log.note(str(plan))
         return plan
+
+    def _cover(self, mark: Marked | None) -> None:
+        """Have a plan for as many steps as a generation is marked with, if one may be interpolated."""
+        steps = mark.steps if mark is not None else None
+        if not self.transfer or self.record_only or steps in (None, *self._covered) or self.steps not in (None, steps):
+            return
+        profiles = [entry.profile for entry in self.entries]
+        source = next((profile for profile in profiles if not profile.meta.resampled_from), None)
+        if source is None:
+            return
+        self._covered.add(steps)
+        if any(profile.num_steps == steps for profile in profiles):
+            return
+        try:
+            self.add_profile(resampled(source, steps=steps))
+        except ConfigError as error:
+            self.tell(f"no plan could be interpolated for {steps} steps: {error}")
 
     @property
     def filters(self) -> bool:
@@ -453,6 +485,7 @@ class Conductor:
         mark = self._mark()
         stream, reason = self.streams.proceed(reading, mark)
         if stream is None and (mark, reading.shapes) not in self._recorded:
+            self._cover(mark)
             self.finish_before(reading, mark, self.inputs)
             self.beginning(self, reading, mark)
         if stream is None and not self.record_only and (self.streams.starting(reading, mark)):
@@ -619,6 +652,8 @@ class Conductor:
             recording.fill_first(vectors, recorder)
             self._unseen_output = False
         recording.add(call.reading, recorder, vectors, call.changes)
+        if call.times_ms is not None:
+            recording.times_ms.append(call.times_ms)
         self._unseen_output |= unseen
 
     def keep_cuts(self, call: Call, program: Program, cuts: Mapping[str, Tensor], *, batch: int, steps: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from omnifx.asking import Ask
 from omnifx.errors import ConfigError
 from omnifx.plan import Plan
 from omnifx.policy import Policy, refuse_speedup, resolve
@@ -26,8 +27,14 @@ class Options(BaseModel):
     """A policy's name, or a policy object."""
     speedup: float | None = Field(default=None, ge=1.0)
     """Target ratio of compute: FLOPs of full steps over planned FLOPs; None: the policy's default."""
+    min_psnr: float | None = Field(default=None, gt=0.0)
+    """dB against the uncached samples, instead of a speedup; needs a profile that was calibrated with rollouts."""
+    target_ms: float | None = Field(default=None, gt=0.0)
+    """Milliseconds for the model's calls of one generation, instead of a speedup."""
     steps: int | None = Field(default=None, ge=1)
     """Steps of a generation, where the caller knows; a recording of any other length is not used."""
+    transfer: bool = False
+    """Whether other numbers of steps (of `steps`, or of marked generations) get plans by interpolation of a profile."""
     profile: str | Path | Profile | None = None
     """A profile, or the path of one; None: the first generation is measured."""
     plan: str | Path | Plan | None = None
@@ -82,6 +89,14 @@ class Options(BaseModel):
             ) from error
 
         policy = parsed.resolved_policy
+        parsed.ask.check_policy(policy)
+        if parsed.min_psnr is not None and parsed.profile is None:
+            raise ConfigError(
+                f"omnicache: option 'min_psnr' found {parsed.min_psnr:g}, but no 'profile': what PSNR a plan reaches "
+                "cannot be told from a generation under way, for the model never sees the final samples. Measure it "
+                f"once: omnifx.calibrate(model, generate, rollouts=4, min_psnr={parsed.min_psnr:g}, save=PATH), with a "
+                "generate() that returns the samples, and give that profile."
+            )
         if parsed.speedup is not None and is_runtime(policy):
             raise ConfigError(
                 f"omnicache: option 'speedup' found {parsed.speedup}, but {policy.name} decides at run time, from each "
@@ -90,6 +105,11 @@ class Options(BaseModel):
         if parsed.speedup is not None and parsed.speedup > policy.most_speedup:
             raise refuse_speedup(policy.name, parsed.speedup, policy.most_speedup, "its own rules")
         return parsed
+
+    @property
+    def ask(self) -> Ask:
+        """What a plan is to reach. Raises ConfigError if more than one thing is asked for."""
+        return Ask(speedup=self.speedup, min_psnr=self.min_psnr, target_ms=self.target_ms)
 
     @property
     def resolved_policy(self) -> Policy:

@@ -183,6 +183,10 @@ class Plan(BaseModel):
     """Tokens of each branch at the size it was made for, if it has a selection; 0 if they cannot be computed alone."""
     history: int = Field(default=0, ge=0)
     """Full steps whose outputs and latents a stream keeps for combinations; 0 for none."""
+    expected_psnr: FiniteFloat | None = None
+    """dB against the uncached samples, as its calibration measured it; None if it did not."""
+    transferred_from: int = Field(default=0, ge=0)
+    """Steps of the generation that it was interpolated from; 0: it was planned from one with these timesteps."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

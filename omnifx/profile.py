@@ -31,6 +31,7 @@ from torch import Tensor
 from omnifx.errors import ConfigError, ProfileError
 from omnifx.plan import COMPUTE, REUSE, SKIP, Action, Row, partial_tokens
 from omnifx.prior import Prior, prior_path
+from omnifx.quality import Quality, Timing
 
 FORMAT = 1
 NUM_BANDS = 4
@@ -142,6 +143,12 @@ class ProfileMeta(BaseModel):
     """The policy that decides at run time and learns from this; empty for a profile to plan from."""
     signals: tuple[str, ...] = ()
     """What that policy measured at each step."""
+    quality: tuple[Quality, ...] = ()
+    """What plans made from it were found to be worth, one for each policy that was tried."""
+    timing: Timing | None = None
+    """How long a step took; None if the model is not one graph, or it was measured by an older version."""
+    resampled_from: int = Field(default=0, ge=0)
+    """Steps of the profile that it was interpolated from (`omnifx.transfer`); 0: it was measured as it is."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

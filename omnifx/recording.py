@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from omnifx.grid import Grid, part_index
 from omnifx.path import path_of
 from omnifx.prior import PriorSums
 from omnifx.profile import NUM_BANDS, NUM_HALVES, BlockMeta, BranchMeta, Profile, ProfileMeta, SpanMeta
+from omnifx.quality import Timing
 
 if TYPE_CHECKING:
     from omnifx.graph import Inputs
@@ -137,6 +139,7 @@ class Recording:
         self.groups: list[list[_Call]] = []  # calls with the same latents: the streams of one step
         self.full = False
         self.prior: PriorSums | None = None  # only for policies that need a prior
+        self.times_ms: list[tuple[float, float]] = []  # of each call of a model that is one graph: graph, overhead
 
     @property
     def num_steps(self) -> int:
@@ -281,8 +284,9 @@ class Recording:
         spans: tuple[SpanMeta, ...] = (),
         output_shape: tuple[int, ...],
         measured: tuple[str, ...] = (),
+        place: str = "",
     ) -> Profile:
-        """The profile of this one run; call only if there is no `problem`."""
+        """The profile of this one run; call only if there is no `problem`. `place` tells where it ran."""
         assert self.recorder is not None  # there is no problem, so there are calls
         timeline = self.timeline()
         streams = range(len(self.groups[0]))
@@ -312,6 +316,7 @@ class Recording:
             measured=measured if changes is not None else (),
             num_lags=changes.shape[-2] - 1 if changes is not None else 0,
             sketched=self.recorder.sketched,
+            timing=self._timing(place),
         )
         moves = torch.tensor([timeline.moves])
         path = path_of([[call.vectors for call in group] for group in self.groups], self.recorder)
@@ -324,6 +329,15 @@ class Recording:
             prior=prior,
             path=path[None] if path is not None else None,
         )
+
+    def _timing(self, place: str) -> Timing | None:
+        """What calls take once the first two steps, which compile and allocate, are over; None if nobody looked."""
+        settled = self.times_ms[2 * len(self.groups[0]) :]
+        if not settled:
+            return None
+        step, overhead = (statistics.median(column) for column in zip(*settled, strict=True))
+        shape = self.groups[0][0].reading.shapes[-1] if self.inputs.latents is not None else ()
+        return Timing(step_ms=step, overhead_ms=overhead, device=place, latent_shape=shape)
 
     def _changes(self) -> Tensor | None:
         """[1, streams, S, lags + 1, columns]; None if some call was not compared."""

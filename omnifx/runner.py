@@ -7,6 +7,7 @@ Nothing here is traced: Dynamo sees one opaque compiled function, and no graph c
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
@@ -73,6 +74,8 @@ class Job:
     """Whether the noise that this full step measured is that of the cuts which the plan counts on."""
     computed: int = 0
     """FLOPs beside those of the variant."""
+    overhead_ms: float = 0.0
+    """What reading the call and deciding took."""
 
 
 class Runner:
@@ -225,9 +228,11 @@ class Runner:
         if self.inactive or not self.policy.needs_profile:
             self._log_plain()
             return self.program.variant(self.program.plain).run(args)
+        started = time.perf_counter()
         job = self._begin(args) if self.conductor is not None else self._join(args)
         if job is None:
             return self.program.variant(self.program.plain).run(args)
+        job.overhead_ms = 1e3 * (time.perf_counter() - started)
         return self._run(job, args)
 
     def _log_plain(self) -> None:
@@ -421,7 +426,8 @@ class Runner:
                 table.check(args)
         before = self._before(job, args) if computes else {}
         extra = self._extra_inputs(variant, job, args)
-        outputs = variant.run([*args, *extra])
+        timed = stream.recording is not None and self.conductor is not None  # not one of many parts of a step
+        outputs = self._timed(variant, job, [*args, *extra]) if timed else variant.run([*args, *extra])
         outputs = self._apart(variant, job, outputs)
         labels = variant.extra_outputs if variant.spec == spec else ()
         self._store_outputs(labels, job, outputs[program.num_outputs :][: len(labels)])
@@ -436,6 +442,16 @@ class Runner:
         args.clear()
         self._after(job, variant, outputs, noise)
         return outputs[: program.num_outputs]
+
+    def _timed(self, variant: Variant, job: Job, inputs: list[Any]) -> Sequence[Any]:
+        """Run a recorded step's graph, and note how long it took."""
+        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        _wait_for(device)
+        started = time.perf_counter()
+        outputs = variant.run(inputs)
+        _wait_for(device)
+        job.call.times_ms = (1e3 * (time.perf_counter() - started), job.overhead_ms)
+        return outputs
 
     def _full_spec(self, job: Job) -> VariantSpec:
         """How to compute everything: with the cuts that are kept, unless there is no room for them."""
@@ -805,6 +821,12 @@ class Runner:
                         "of its norm; nothing is reused. Please report this with what OMNIFX_DUMP=dir writes."
                     )
                     self._conductor.tell(self._inactive)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given, so that the clock on the wall tells how long that took."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
 
 
 def _stored(job: Job, name: str) -> Tensor:

@@ -49,6 +49,7 @@ from omnifx.runlog import Log, Stats
 from omnifx.runner import Runner
 from omnifx.runtime import RuntimePolicy, is_runtime
 from omnifx.store import CacheStore, default_budget
+from omnifx.transfer import resampled
 from omnifx.trunks import with_trunks
 from omnifx.unmatched import nothing_found
 from omnifx.weights import plain
@@ -274,8 +275,10 @@ class Session:
             frame_axis=frame_axis,
             latent_shape=tuple(map(hint, latents.shape)) if isinstance(latents, Tensor) else (),
             policy=self.policy,
-            speedup=self.options.speedup,
+            ask=self.options.ask,
             steps=self.options.steps,
+            transfer=self.options.transfer,
+            place=place_of(latents, self.options.lowering),
             store=self._make_store(latents.device if isinstance(latents, Tensor) else torch.device("cpu")),
             log=self.log,
             record_budget=int(self.options.record_budget),
@@ -447,6 +450,7 @@ class Session:
             spans=conductor.parts[0].program.span_metas() if not conductor.broken else (),
             output_shape=recording.recorder.output_shape,
             measured=conductor.measured,
+            place=conductor.place,
         )
         both = Combination(outputs=(1.0,), latents=(1.0,))
         return replace(profile, path=None) if conductor.combination_problem(both) else profile
@@ -461,6 +465,8 @@ class Session:
             plan = self.options.plan
             plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
             if plan is not None:
+                if plan.transferred_from and plan.timesteps != profile.meta.timesteps:
+                    profile = resampled(profile, timesteps=plan.timesteps)
                 _check_plan(plan, profile)
             conductor.add_profile(profile, plan)
             return
@@ -506,6 +512,14 @@ class Session:
             raise ProfileError(
                 f"the profile was measured on latents {list(meta.latent_shape)}, these are "
                 f"{list(conductor.latent_shape)}; only their sizes may differ. Calibrate on such latents."
+            )
+        timing = meta.timing
+        found = (conductor.place, conductor.latent_shape)
+        if self.options.target_ms is not None and timing and (timing.device, timing.latent_shape) != found:
+            raise ConfigError(
+                f"omnicache: target_ms needs the time of a step here (latents {list(conductor.latent_shape)} on "
+                f"{conductor.place}), but the profile was measured at latents {list(timing.latent_shape)} on "
+                f"{timing.device}. Calibrate here, or ask for a speedup."
             )
         conductor.timeline_of(profile)
 
@@ -831,6 +845,15 @@ def versions() -> dict[str, str]:
     from omnifx import __version__
 
     return {"omnifx": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__}
+
+
+def place_of(value: Any, lowering: str) -> str:
+    """Where and how graphs on this tensor run, in words: what their times depend on."""
+    device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {lowering}"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{device.type}{threads}, {lowering}"
 
 
 def profile_folder(fingerprint: str) -> Path:

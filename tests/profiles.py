@@ -1,5 +1,7 @@
 """Profiles of made-up recordings, for tests of what reads profiles."""
 
+from dataclasses import replace
+
 import torch
 from torch import Generator, Tensor
 
@@ -48,6 +50,29 @@ def make_profile(
         filter_axes=filter_axes,
     )
     return Profile(meta=meta, grams=grams, moves=torch.rand(runs, steps, generator=generator))
+
+
+FLOW = {steps: tuple(1000 * (1 - k / steps) for k in range(steps)) for steps in (12, 20, 50)}
+
+
+def walked(steps: int, *, ddim: bool = False) -> Profile:
+    """A profile of a walk through outputs that are a smooth function of time: an Euler walk, or one that scales the
+    latents too, in steps that compose."""
+    ways = torch.randn(4, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = torch.tensor(FLOW[steps], dtype=torch.float64) / 1000
+    outputs = ways[0] + at[:, None] * ways[1] + torch.sin(2 * at)[:, None] * ways[2]
+    noises = torch.diff(at, prepend=at[:1])[:, None] * ways[3]
+    shrink = torch.exp(-0.5 * at) if ddim else torch.ones_like(at)
+    x, latents = 3 * ways[3], []
+    for k in range(steps):
+        latents.append(x)
+        if k + 1 < steps:
+            a = shrink[k + 1] / shrink[k]
+            x = a * x + shrink[k + 1] * (at[k + 1] - at[k]) * outputs[k]
+    vectors = torch.cat([torch.stack(latents), outputs, noises])
+    path = torch.stack([vectors @ vectors.T / NUM_HALVES] * NUM_HALVES)[None]
+    profile = make_profile(steps)
+    return replace(profile, meta=profile.meta.model_copy(update={"timesteps": FLOW[steps]}), path=path)
 
 
 def path(points: Tensor) -> Tensor:

@@ -352,9 +352,21 @@ def test_a_plan_is_printed_written_and_drawn(profile_path, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plan_for_other_steps_is_transferred(profile_path, tmp_path):
+    shown = run("plan", profile_path, "--steps", 10, "--speedup", 2, "--out", tmp_path / "plan.json").output
+
+    assert "auto: 10 steps" in shown
+    assert "Transferred from 20 steps to 10" in shown
+    assert Plan.load(tmp_path / "plan.json").transferred_from == 20
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--min-psnr", "40"], r"min_psnr=40 needs to know what PSNR its plans reach"),
+        (["--target-ms", "40"], "does not hold the time of a step"),
+        (["--target-ms", "40", "--speedup", "2"], "ask for one of speedup, min_psnr and target_ms"),
+        (["--steps", "2"], "steps must be a whole number >= 4, got 2"),
         (["--policy", "none"], re.escape(f"expected one of {list(policies())}")),
         (["--speedup", "50"], r"speedup must be in \[1, "),
         (["--speedup", "0.5"], "speedup must be a number >= 1"),
@@ -394,6 +406,17 @@ def test_a_model_is_calibrated_and_planned(tmp_path):
 
     assert "1 run(s) of 9 steps" in shown
     assert "auto: 9 steps" in run("plan", out, "--speedup", 1.2).output
+
+
+def test_what_plans_are_worth_is_measured_and_asked_for(tmp_path):
+    script, out = tmp_path / "tiny.py", tmp_path / "tiny.safetensors"
+    script.write_text(TINY_SCRIPT + "    return x\n")
+
+    shown = run("calibrate", f"{script}:make", "--out", out, "--lowering", "eager", "--rollouts", 1).output
+
+    assert re.search(r"PSNR in dB over 1 held-back samples: [\d.]+ at 1\.\d+x, ", shown)
+    assert re.search(r"expected PSNR [\d.]+ dB, speedup", run("plan", out, "--min-psnr", 10).output)
+    assert re.search(r"expected [\d.]+ ms for the model's calls", run("plan", out, "--target-ms", 1e6).output)
 
 
 def test_a_policy_that_decides_at_run_time_is_calibrated_and_not_planned(tmp_path):
