@@ -123,8 +123,8 @@ def test_moves_of_samples_are_told_from_chance(samples, held_out):
     by_chance = held_out.videos.flatten(0, 2)[torch.randperm(500 * 8, generator=generator())].reshape(500, 1, 8, 16, 16)
 
     assert neighbourly_moves(held_out.videos) == 1.0
-    assert 0.4 < neighbourly_moves(by_chance) < 0.6
-    assert neighbourly_moves(samples) > 0.6
+    assert 0.55 < neighbourly_moves(by_chance) < 0.65
+    assert neighbourly_moves(samples) > 0.65
 
 
 def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch():
