@@ -88,6 +88,8 @@ class State:
     """What was done so far; None where it was computed."""
     cost: float = 0.0
     """Drift over the norm of the latents."""
+    past: tuple[tuple[Array, Array], ...] = ()
+    """Drifts, and how wrong outputs were, at the last steps, newest first: what the solver remembers."""
 
     @property
     def size(self) -> float:
@@ -113,17 +115,11 @@ class Forecast:
     path: Path
     features: Features
     _norms: Array = field(init=False)
-    _growth: Array = field(init=False)
-    _answer: Array = field(init=False)
     _noise_sum: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        path = self.path
-        self._norms = np.linalg.norm(path.x, axis=1)
-        growth = self._norms[1:] / np.maximum(self._norms[:-1], np.finfo(np.float64).tiny)
-        self._growth = np.append(growth, growth[-1:])
-        step = np.where(path.b == 0.0, 1.0, path.b)
-        self._answer = np.where(path.b == 0.0, 0.0, (self._growth - path.a) / step)
+        path, norms = self.path, np.linalg.norm(self.path.x, axis=1)
+        self._norms = np.append(norms[1:], norms[-1] * path.growth[-1])
         self._noise_sum = np.cumsum(path.q, axis=0)
 
     def start(self) -> State:
@@ -133,15 +129,16 @@ class Forecast:
     def compute(self, state: State) -> State:
         """The step is computed."""
         k = len(state.steps)
-        output = self.path.o[k] + self._answer[k] * state.drift
-        doubt = self.features.doubt * abs(self._answer[k]) * state.size
+        error = self.path.answer[k] * state.drift
+        doubt = self.features.doubt * abs(self.path.answer[k]) * state.size
         noise, noise_doubt = None, 0.0
         if state.known and self.features.reuses:
             last = state.known[0].step
             noise = self._noise_of(last, k)
             noise_doubt = self.features.reuse_doubt * (k - last) * float(np.linalg.norm(noise))
-        known = (Known(k, self.path.x[k] + state.drift, output, doubt), *state.known)[: self.features.history]
-        return self._moved(state, self._growth[k] * state.drift, 0.0, None, known, noise, noise_doubt)
+        here = Known(k, self.path.x[k] + state.drift, self.path.o[k] + error, doubt)
+        known = (here, *state.known)[: self.features.history]
+        return self._moved(state, error, 0.0, None, known, noise, noise_doubt)
 
     def predict(self, state: State) -> State:
         """The step is a combination, with the weights of least squares."""
@@ -151,14 +148,14 @@ class Forecast:
         step = self.path.b[k]
         target = self.path.o[k]
         if step:
-            target = target - features.landing * self.path.a[k] / step * state.drift
+            target = target - features.landing / step * self._carried(state)
         gram = matrix.T @ matrix
         pull = features.ridge * gram.diagonal() + 1e-300
         weights = np.linalg.solve(gram + np.diag(pull + unsure**2), matrix.T @ target + pull * centre)
-        drift = self.path.a[k] * state.drift + step * (matrix @ weights - self.path.o[k])
+        error = matrix @ weights - self.path.o[k]
         unknown = step**2 * float((weights * unsure) @ (weights * unsure))
         return self._moved(
-            state, drift, unknown, self._named(weights, state), state.known, state.noise, state.noise_doubt
+            state, error, unknown, self._named(weights, state), state.known, state.noise, state.noise_doubt
         )
 
     def follow(self, computed: Sequence[int]) -> State:
@@ -214,10 +211,10 @@ class Forecast:
             ahead = float((times[k] - times[last]) / (times[last] - times[before]))
         if features.reuses:
             noise = self._noise_of(last, k)
-            columns.append(self.path.o[k] + self._answer[k] * state.drift + noise)
+            columns.append(self.path.o[k] + self.path.answer[k] * state.drift + noise)
             prior.append(1.0)
             old = features.reuse_doubt * (k - last - 1) * float(np.linalg.norm(noise))
-            doubts.append(old + features.doubt * abs(self._answer[k]) * state.size)
+            doubts.append(old + features.doubt * abs(self.path.answer[k]) * state.size)
             if state.noise is not None:
                 columns.append(state.noise)
                 prior.append(-ahead)
@@ -243,10 +240,18 @@ class Forecast:
         """What reusing the cuts of `source` causes at `step`: nearly the sum of the noise of single steps."""
         return np.asarray(self._noise_sum[step] - self._noise_sum[source])
 
+    def _carried(self, state: State) -> Array:
+        """The drift behind the present step if its output is right."""
+        k, path = len(state.steps), self.path
+        drift = path.a[k] * state.drift
+        for j, (before, error) in enumerate(state.past):
+            drift = drift + path.past_x[k, j] * before + path.past_o[k, j] * error
+        return np.asarray(drift)
+
     def _moved(
         self,
         state: State,
-        drift: Array,
+        error: Array,
         unknown: float,
         done: Weights | None,
         known: tuple[Known, ...],
@@ -254,10 +259,12 @@ class Forecast:
         noise_doubt: float,
     ) -> State:
         k = len(state.steps)
-        variance = self._growth[k] ** 2 * state.variance + unknown
-        norm = self._norms[k] * self._growth[k]
+        drift = self._carried(state) + self.path.b[k] * error
+        past = ((state.drift, error), *state.past)[: self.path.depth]
+        variance = self.path.growth[k] ** 2 * state.variance + unknown
+        norm = self._norms[k]
         cost = math.sqrt(float(drift @ drift) + variance) / norm if norm else 0.0
-        return State(drift, variance, known, noise, noise_doubt, (*state.steps, done), cost)
+        return State(drift, variance, known, noise, noise_doubt, (*state.steps, done), cost, past)
 
 
 def _take(values: Iterator[float], number: int) -> Iterator[float]:
