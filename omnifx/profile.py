@@ -142,6 +142,9 @@ class ProfileMeta(BaseModel):
     """The policy that decides at run time and learns from this; empty for a profile to plan from."""
     signals: tuple[str, ...] = ()
     """What that policy measured at each step."""
+    in_parts: bool = False
+    """Whether the model was captured in parts: outputs can be combined at its boundary, but not with the reuse
+    graph's."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -236,7 +239,7 @@ class Profile:
         prior: Mean cuts at each step, if they were measured.
         path: [runs, NUM_HALVES, 3 S, 3 S], float64: inner products of the latents, of the output that the sampler makes
         of all streams (guided, see `omnifx.path`), and of its noise; None if outputs cannot be combined: latents have
-        another shape, or the model is not one graph.
+        another shape, or the model has several outputs.
         signals: [runs, streams, S, signals], float32, for the `signals` of the meta data; NaN where a step gave none.
     Memory: (4 * streams * 8 + 16) * runs * 9 S^2 bytes on the host: 1.1 MB for one run of 50 steps.
     """
