@@ -409,7 +409,9 @@ class Conductor:
         if combination.reuse or combination.noise:
             return "outputs of the reuse graph can be combined in a model that is one graph only"
         if self.distrusts_weights:
-            return "the model's weights are brought from elsewhere for each call, and only its graphs see which they are"
+            return (
+                "the model's weights are brought from elsewhere for each call, and only its graphs see which they are"
+            )
         if effects := [part.program.side_effects for part in self.parts if part.program.side_effects]:
             return f"a graph of the model {effects[0]}; each step must run once and whole"
         return self.boundary_problem

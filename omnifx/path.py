@@ -1,21 +1,23 @@
 """The path of a sampler through its latents: what its solver does with the model's outputs, found out by regression.
 
-A deterministic solver's step is affine in its latents and in the model's outputs, x' = a x + b o. With classifier-free
+A solver's step is affine in its latents and in the model's outputs, x' = a x + b o; solvers of higher order also use
+latents and outputs of earlier steps, and stochastic ones add noise that does not depend on either. With classifier-free
 guidance o is a mixture of the outputs of several streams (calls with the same latents, or equal parts of one batch),
 o = sum_p s_p o_p with sum_p s_p = 1. Only this mixture moves the latents, so only its errors count, and it is what a
 profile keeps as `Profile.path`: inner products of the latents x_0 .. x_{S-1}, the mixtures o_0 .. o_{S-1}, and the
 mixtures q_0 .. q_{S-1} of what reuse would have caused.
 
 Neither the sampler nor its guidance scale need be known: the s_p, a and b follow from the recorded latents by least
-squares. Where a solver clips, adds noise or remembers more than one output, what is left over is `Path.residual`.
+squares. Where a solver clips or adds noise, what is left over is `Path.residual`.
 
+Solvers with a memory: DPM-Solver++, arXiv:2211.01095, UniPC, arXiv:2302.04867.
 Source: that the scalars follow from recorded calls is ours; guidance, arXiv:2207.12598.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -93,8 +95,8 @@ class Path:
 
     Attributes:
         x, o, q: [S, r], latents, outputs and noise; r <= 3 S.
-        a, b: [S], the solver's step ``x_{k+1} = a x_k + b o_k + sum_j (past_x_j x_{k-1-j} + past_o_j o_{k-1-j})``; those
-        of the last step, whose result nobody saw, are those of the step before.
+        a, b: [S], the solver's step ``x_{k+1} = a x_k + b o_k + sum_j (past_x_j x_{k-1-j} + past_o_j o_{k-1-j})``;
+        those of the last step, whose result nobody saw, are those of the step before.
         residual: [S], what the solver's step does beside that (clips, fresh noise), over the length of the step; no
         unit.
         times: [S], the timesteps, in the model's units.
@@ -152,6 +154,13 @@ class Path:
             growth,
             answer,
         )
+
+    def projected(self, share: float) -> Path:
+        """The path in its leading directions: all but `share` of the energy of latents, outputs and noise."""
+        vectors = np.concatenate([self.x, self.o, self.q])
+        values, directions = np.linalg.eigh(vectors.T @ vectors)
+        kept = directions[:, np.cumsum(values) > share * values.sum()]
+        return replace(self, x=self.x @ kept, o=self.o @ kept, q=self.q @ kept)
 
     @property
     def depth(self) -> int:

@@ -80,7 +80,8 @@ class Skipper:
     def skip(self, call: Call, latents: Tensor) -> Any:
         """The output of a step that `refusal` lets pass."""
         combination, history = call.combination, call.stream.cache.history
-        assert combination is not None and self._form is not None  # there is no refusal
+        assert combination is not None  # there is no refusal
+        assert self._form is not None
         past = history[: combination.depth]
         found = combined(
             combination, [full.output for full in past], latents, [full.latents for full in past], self._channels
@@ -96,8 +97,8 @@ class Skipper:
         conductor = self._conductor
         if len(where) != 1 or not leaves[where[0]].is_floating_point() or not _is_plain(leaves, where[0]):
             conductor.boundary_problem = (
-                f"outputs cannot be combined here: a call gives {len(where)} tensors, and maybe objects that hold some; "
-                "it must be one, in floating point, in tuples, lists, dictionaries or outputs of diffusers"
+                f"outputs cannot be combined here: a call gives {len(where)} tensors, and maybe objects that hold "
+                "some; it must be one, in floating point, in tuples, lists, dictionaries or outputs of diffusers"
             )
             return
         tensor: Tensor = leaves[where[0]]

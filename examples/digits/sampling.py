@@ -1,8 +1,9 @@
 """Sample the digits models, plain or compiled, with the schedulers of diffusers.
 
 All noise of a sample, also what a stochastic sampler adds in every step, depends on its seed alone: a set of samples is
-the same however it is split into batches (up to the rounding of matrix products), and whatever cached the model's work. The model is called with keywords and a timestep tensor [B], always the same way, so
-that a compiled model is captured once.
+the same however it is split into batches (up to the rounding of matrix products), and however the model's work is
+cached. The model is called with keywords and a timestep tensor [B], always the same way, so that a compiled model is
+captured once.
 """
 
 import inspect
@@ -111,7 +112,8 @@ def sample_flow(
         progress: Called after every step.
 
     Returns: Images [B, 1, 8, 8] float32 in about [-1, 1].
-    Source: rectified flow, arXiv:2209.03003; DPM-Solver++, arXiv:2211.01095; UniPC, arXiv:2302.04867; guidance, arXiv:2207.12598.
+    Source: rectified flow, arXiv:2209.03003; DPM-Solver++, arXiv:2211.01095; UniPC, arXiv:2302.04867;
+        guidance, arXiv:2207.12598.
     """
     _check(seeds, labels, steps)
     scheduler = _flow_scheduler(solver, steps)
@@ -144,7 +146,9 @@ def sample_flow(
 
 def _dit_scheduler(solver: DitSolver, eta: float) -> Any:
     if not 0.0 <= eta <= 1.0 or (eta and solver != "ddim"):
-        raise ValueError(f"sample_dit: eta must be in [0, 1], and 0 for solvers but 'ddim', got {eta!r} with {solver!r}.")
+        raise ValueError(
+            f"sample_dit: eta must be in [0, 1], and 0 for solvers but 'ddim', got {eta!r} with {solver!r}."
+        )
     multistep = partial(DPMSolverMultistepScheduler, solver_order=2)
     made: dict[str, Callable[..., Any]] = {
         "ddim": partial(DDIMScheduler, clip_sample=True),

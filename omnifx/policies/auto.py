@@ -26,7 +26,7 @@ steps computed.
     doubt .5, landing 1, evenly  45.9 / 34.5  48.8 / 38.3  50.4 / 34.8  57.9 / 49.5
 
 ("Evenly": the same fit on full steps that are spread evenly, the last two among them.)
-Cost: the search takes 1 to 3 s on the host for 50 steps, up to 50 s for 250, once for a profile; plans are kept in the
+Cost: the search takes up to 1 s on the host for 50 steps, once for a profile; plans are kept in the
 user's cache.
 """
 
