@@ -50,14 +50,20 @@ class Skipper:
         self._conductor = conductor
         self._form: _Form | None = None
         self._channels = 0
-        self._watch = WeightWatch(range(len(_weights(model))))
+        self._num_weights = len(_weights(model))
+        self._watch = WeightWatch(range(self._num_weights))
+        self._changes_before = 0  # that an earlier watch saw
 
     def begin(self, model: nn.Module, latents: Tensor | None) -> None:
         """A call begins: look at the weights, if any plan combines outputs."""
         conductor = self._conductor
         if not any(entry.plan.history for entry in conductor.entries):
             return
-        self._watch.look(_weights(model))
+        weights = _weights(model)
+        if len(weights) != self._num_weights:  # adapters came or went
+            self._changes_before, self._num_weights = self._changes_before + self._watch.version + 1, len(weights)
+            self._watch = WeightWatch(range(len(weights)))
+        self._watch.look(weights)
         if latents is not None and not conductor.full_step_bytes:
             conductor.full_step_bytes = 2 * latents.nbytes  # until an output is seen
 
@@ -127,7 +133,7 @@ class Skipper:
         stream.log.peak_cache_bytes = max(stream.log.peak_cache_bytes, store.held_bytes)
 
     def _version(self, call: Call) -> tuple[int, int]:
-        return call.weights, self._watch.version
+        return call.weights, self._changes_before + self._watch.version
 
 
 def _weights(model: nn.Module) -> list[Any]:

@@ -117,6 +117,21 @@ def test_changed_weights_are_noticed_before_a_skip(in_place: bool) -> None:
     assert set(last(fast).reasons) == {"the weights changed since the caches were made"}
 
 
+def test_weights_that_come_or_go_are_noticed_before_a_skip() -> None:
+    model = toy_in_parts()
+    fast = calibrated(model)
+
+    def change(step: int, inputs: Any) -> None:
+        if step == 3:
+            model.register_parameter("adapter", torch.nn.Parameter(torch.zeros(2)))
+
+    for _ in sampling(fast, tiny_toy(), steps=len(LETTERS), seed=1, before=change):
+        pass
+
+    assert last(fast).steps[3].reason == "the weights changed since the caches were made"
+    assert letters_of(last(fast)).startswith("FFsF")
+
+
 def test_evicted_outputs_are_not_combined() -> None:
     fast = calibrated(toy_in_parts())
     session = find_session(fast)
