@@ -11,10 +11,10 @@ the same with and without a cache, and carries nothing.
 
 How an output that *is* computed answers to drifted latents is not recorded. It is taken to answer so that drift keeps
 its share of the latents' norm: x' = a x + b o moves a perturbation d to (a + b J) d, and for a perturbation that looks
-like data, (a + b J) is the ratio of the norms of a x + b o and x. That is exact for Gaussian data, and on trained models
-it holds within a factor of two; so a fit counts the answer as uncertain by its own size (`doubt`), and trusts features
-less that hang on it. Without that, the weights exploit it, and drift is forecast to vanish: the digits DiT, 50 steps,
-12 of them computed, 35 dB instead of 46.
+like data, (a + b J) is the ratio of the norms of a x + b o and x. That is exact for Gaussian data, and on trained
+models it holds within a factor of two; so a fit counts the answer as uncertain by its own size (`doubt`), and trusts
+features less that hang on it. Without that, the weights exploit it, and drift is forecast to vanish: the digits DiT,
+50 steps, 12 of them computed, 35 dB instead of 46.
 
 Source: gamma q of OmniCache, arXiv:2508.16212, Taylor and Adams-Bashforth forms are special cases of the combination;
 the fit on a drifting path, the errors-in-variables form and the search are ours.
