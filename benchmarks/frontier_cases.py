@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -149,6 +150,28 @@ def _flow(steps: int, cfg: float = 2.0) -> Case:
     )
 
 
+def _fresh_noise(steps: int) -> Case:
+    return dataclasses.replace(
+        _dit(steps),
+        name=f"dit-{steps}-eta1",
+        title=f"Digits DiT (noise), DDIM with fresh noise (eta 1), {steps} steps",
+        sample=partial(sample_dit, cfg=1.0, eta=1.0),
+        sampler="DDIM, eta 1: fresh noise in each step, the same for all ways",
+        solvers={"DDIM, eta 1": None},  # other solvers, and other counts of steps, draw other noise
+    )
+
+
+def _second_order(steps: int) -> Case:
+    return dataclasses.replace(
+        _flow(steps),
+        name=f"flow-{steps}-dpmpp",
+        title=f"Digits PixArt (flow), DPM-Solver++ of order 2, {steps} steps, CFG 2",
+        sample=partial(sample_flow, cfg=2.0, solver="dpmsolver++"),
+        sampler="DPM-Solver++ of order 2, CFG 2 in one call",
+        solvers={"DPM-Solver++, order 2": None},
+    )
+
+
 def _video(steps: int) -> Case:
     return Case(
         name=f"video-{steps}",
@@ -181,6 +204,8 @@ CASES: dict[str, Case] = {
         _dit(20, cfg=1.5),
         _flow(20, cfg=1.0),
         _flow(20, cfg=4.0),
+        _fresh_noise(20),
+        _second_order(20),
     )
 }
 

@@ -36,6 +36,8 @@ from omnifx.clock import Reader
 from omnifx.errors import WholeError
 from omnifx.flops import numel
 from omnifx.graph import SMALL, Inputs
+from omnifx.plan import SKIP
+from omnifx.skipping import Skipper
 from omnifx.weights import HABIT, WeightWatch, plain
 from omnifx.whole import MAX_LOOKS, Wholes
 
@@ -62,6 +64,10 @@ class Underway(threading.local):
 
     call: Call | None = None
     conductor: Conductor | None = None
+    skipper: Skipper | None = None
+    latents: Tensor | None = None
+    skipped: Any = None
+    """What the step gives, if the plan skips it; None if it runs."""
     captures_sizes: bool = False
     keeps_whole: bool = False
 
@@ -159,7 +165,7 @@ class Boundary:
         self.underway = underway
         self.watch = WeightWatch(())
         self._probes_tell = True  # until it is seen that something overwrites the weights between calls
-        self._kinds: dict[object, tuple[Conductor, Reader]] = {}
+        self._kinds: dict[object, tuple[Conductor, Reader, Skipper]] = {}
         self._unseen: tuple[Call, Conductor] | None = None  # a call whose end no hook reports
         self._codes: dict[int, CodeType] = {}  # what Dynamo saw of the model, by identity
         self.bypassed = False  # the model is one graph after all, and has a conductor that reads its inputs
@@ -195,7 +201,7 @@ class Boundary:
             output = None
             try:
                 self.enter(args, kwargs)
-                output = self._run(inner, args, kwargs)
+                output = self._run(inner, args, kwargs) if self.underway.skipped is None else self.underway.skipped
                 return output
             finally:
                 _INSIDE.boundaries.pop()
@@ -342,7 +348,7 @@ class Boundary:
     @torch.no_grad()
     def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, unseen: bool = False) -> None:
         """A call begins."""
-        self.underway.call = self.underway.conductor = None
+        self._forget_step()
         if not unseen:
             self._end_capture()  # of a call that failed
             self._capture_anew()
@@ -358,8 +364,9 @@ class Boundary:
         if kind not in self._kinds:
             roles = roles_of(leaves)
             latents = leaves[roles.latents] if roles.latents is not None else None
-            self._kinds[kind] = (self.make_conductor(roles, latents), Reader(roles))
-        conductor, reader = self._kinds[kind]
+            made = self.make_conductor(roles, latents)
+            self._kinds[kind] = (made, Reader(roles), Skipper(self.model, made))
+        conductor, reader, skipper = self._kinds[kind]
         if conductor.inactive:
             return
         with conductor.lock:
@@ -370,8 +377,18 @@ class Boundary:
             if not self._probes_tell:
                 conductor.distrust_weights()
             where = reader.inputs.latents
-            call = conductor.decide(reading, leaves[where] if where is not None else None, weights=self.watch.version)
+            latents = leaves[where] if where is not None else None
+            skipper.begin(self.model, latents)
+            call = conductor.decide(reading, latents, weights=self.watch.version)
+            if SKIP in call.row and (
+                reason := "the call had begun already" if unseen else skipper.refusal(call, latents)
+            ):
+                conductor.refuse(call, reason)
         self.underway.call, self.underway.conductor = call, conductor
+        self.underway.skipper, self.underway.latents = skipper, latents
+        if SKIP in call.row and latents is not None:
+            self.underway.skipped = skipper.skip(call, latents)
+            conductor.after(call, label="skip", reason="", spent=0, whole=conductor.flops)
 
     def _probes(self) -> list[Tensor]:
         """Samples of the weights between calls; offloading may leave nothing there, or memory that holds no values."""
@@ -383,11 +400,19 @@ class Boundary:
         self._end_capture()
         if self.capturing == "whole" and not self.bypassed:
             self.capturing = "failed"  # Dynamo found nothing to capture at all
-        call, conductor = self.underway.call, self.underway.conductor
-        self.underway.call = self.underway.conductor = None
-        if call is not None and conductor is not None and output is not None:
+        call, conductor, skipper = self.underway.call, self.underway.conductor, self.underway.skipper
+        latents = self.underway.latents
+        self._forget_step()
+        if call is not None and conductor is not None and skipper is not None and output is not None:
             with conductor.lock:
+                if SKIP not in call.row:
+                    skipper.learn(output, latents)
+                    skipper.keep(call, output, latents)
                 conductor.end_step(call, _largest(output), captured=self.capturing != "waiting")
+
+    def _forget_step(self) -> None:
+        underway = self.underway
+        underway.call = underway.conductor = underway.skipper = underway.latents = underway.skipped = None
 
 
 def codes_around(code: CodeType) -> dict[int, CodeType]:

@@ -262,6 +262,8 @@ class Conductor:
         self.inactive = inactive
         self.explain_nothing = explain_nothing
         self.profiles: list[Profile] = []
+        self.boundary_problem = ""  # why outputs cannot be combined at the boundary of a broken model
+        self.full_step_bytes = 0  # of what is kept there of a full step
         self.distrusts_weights = False  # whether all parts sum up their weights' bits at every call
         self.following = False  # whether a generation has followed a plan yet
         self.parts: list[Part] = []
@@ -299,7 +301,8 @@ class Conductor:
         return self._num_bytes()
 
     def _num_bytes(self, kept: tuple[str, ...] | None = None, terms: int = 0) -> int:
-        return sum(part.num_bytes(kept, terms) for part in self.parts)
+        history = max((entry.plan.history for entry in self.entries), default=0) if self.broken else 0
+        return sum(part.num_bytes(kept, terms) for part in self.parts) + history * self.full_step_bytes
 
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of the branches."""
@@ -425,13 +428,30 @@ class Conductor:
     def combination_problem(self, combination: Combination) -> str:
         """Why an output cannot be this combination here; empty if it can."""
         if self.broken:
-            return "outputs can be combined in a model that is one graph only"
+            return self._boundary_problem(combination)
         found = self.parts[0].program.combines
         if found.reason:
             return f"outputs cannot be combined here: {found.reason}"
         if any(combination.latents) and found.latents_reason:
             return f"latents cannot be combined with outputs here: {found.latents_reason}"
         return ""
+
+    def _boundary_problem(self, combination: Combination) -> str:
+        """Why the boundary of a broken model cannot give this combination; empty if it can."""
+        if combination.reuse or combination.noise:
+            return "outputs of the reuse graph can be combined in a model that is one graph only"
+        if self.distrusts_weights:
+            return (
+                "the model's weights are brought from elsewhere for each call, and only its graphs see which they are"
+            )
+        if effects := [part.program.side_effects for part in self.parts if part.program.side_effects]:
+            return f"a graph of the model {effects[0]}; each step must run once and whole"
+        return self.boundary_problem
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """Compute a step that was to be reused."""
+        call.row, call.correction, call.reason, call.log.reason = self._compute_row, None, reason, reason
+        call.stream.on_plan = False
 
     def timeline_of(self, profile: Profile) -> Timeline:
         """When the steps of a measured generation come, in terms of this capture's inputs.

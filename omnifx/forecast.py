@@ -6,12 +6,15 @@ the latents have come since, and, if the network's reuse graph runs, its output 
 sampler does with an output that is a little wrong is known too, so the forecast follows how far the latents drift from
 the recorded ones. The target of a fit is the output that would take the drift back, not the recorded one.
 
+A solver may remember steps, and add fresh noise. What it remembers carries drift and errors of outputs on; noise is
+the same with and without a cache, and carries nothing.
+
 How an output that *is* computed answers to drifted latents is not recorded. It is taken to answer so that drift keeps
 its share of the latents' norm: x' = a x + b o moves a perturbation d to (a + b J) d, and for a perturbation that looks
-like data, (a + b J) is the ratio of the latents' norms. That is exact for Gaussian data, and on trained models it holds
-within a factor of two; so a fit counts the answer as uncertain by its own size (`doubt`), and trusts features less that
-hang on it. Without that, the weights exploit it, and drift is forecast to vanish: the digits DiT, 50 steps, 12 of them
-computed, 35 dB instead of 46.
+like data, (a + b J) is the ratio of the norms of a x + b o and x. That is exact for Gaussian data, and on trained
+models it holds within a factor of two; so a fit counts the answer as uncertain by its own size (`doubt`), and trusts
+features less that hang on it. Without that, the weights exploit it, and drift is forecast to vanish: the digits DiT,
+50 steps, 12 of them computed, 35 dB instead of 46.
 
 Source: gamma q of OmniCache, arXiv:2508.16212, Taylor and Adams-Bashforth forms are special cases of the combination;
 the fit on a drifting path, the errors-in-variables form and the search are ours.
@@ -30,6 +33,15 @@ from omnifx.path import Array, Path
 
 SLACK_OF_SEARCH = 6
 """By how many computed steps a schedule under way may be ahead of an even one, or behind it."""
+
+FINE_GAPS = 6
+"""Up to how many skipped steps in a row a search tells every length of the gap before the last computed step apart."""
+
+BLUR = 1e-8
+"""Share of a path's energy that a search leaves aside, to follow short vectors."""
+
+_Place = tuple[int, int, int]
+"""Of a generation under way: steps computed, steps since the last of them, and before that, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +91,10 @@ class State:
     """Latents minus the recorded ones, as far as it is known."""
     variance: float = 0.0
     """Squared norm of what is unknown of the drift, in expectation."""
+    size: float = 0.0
+    """Norm of the drift, its unknown part included."""
+    cost: float = 0.0
+    """That over the norm of the latents."""
     known: tuple[Known, ...] = ()
     """Computed steps, newest first."""
     noise: Array | None = None
@@ -86,13 +102,8 @@ class State:
     noise_doubt: float = 0.0
     steps: tuple[Weights | None, ...] = ()
     """What was done so far; None where it was computed."""
-    cost: float = 0.0
-    """Drift over the norm of the latents."""
-
-    @property
-    def size(self) -> float:
-        """Norm of the drift, its unknown part included."""
-        return math.sqrt(float(self.drift @ self.drift) + self.variance)
+    past: tuple[tuple[Array, Array], ...] = ()
+    """Drifts, and how wrong outputs were, at the last steps, newest first: what the solver remembers."""
 
     @property
     def num_computed(self) -> int:
@@ -107,23 +118,17 @@ class Forecast:
     Args:
         path: What was recorded.
         features: What combinations may use.
-    Cost: about 0.1 ms for a predicted step, on the host.
+    Cost: about 0.1 ms for a predicted step, on the host; in a search, a tenth of that.
     """
 
     path: Path
     features: Features
     _norms: Array = field(init=False)
-    _growth: Array = field(init=False)
-    _answer: Array = field(init=False)
     _noise_sum: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        path = self.path
-        self._norms = np.linalg.norm(path.x, axis=1)
-        growth = self._norms[1:] / np.maximum(self._norms[:-1], np.finfo(np.float64).tiny)
-        self._growth = np.append(growth, growth[-1:])
-        step = np.where(path.b == 0.0, 1.0, path.b)
-        self._answer = np.where(path.b == 0.0, 0.0, (self._growth - path.a) / step)
+        path, norms = self.path, np.linalg.norm(self.path.x, axis=1)
+        self._norms = np.append(norms[1:], norms[-1] * path.growth[-1])
         self._noise_sum = np.cumsum(path.q, axis=0)
 
     def start(self) -> State:
@@ -133,33 +138,24 @@ class Forecast:
     def compute(self, state: State) -> State:
         """The step is computed."""
         k = len(state.steps)
-        output = self.path.o[k] + self._answer[k] * state.drift
-        doubt = self.features.doubt * abs(self._answer[k]) * state.size
+        error = self.path.answer[k] * state.drift
+        doubt = self.features.doubt * abs(self.path.answer[k]) * state.size
         noise, noise_doubt = None, 0.0
         if state.known and self.features.reuses:
             last = state.known[0].step
             noise = self._noise_of(last, k)
             noise_doubt = self.features.reuse_doubt * (k - last) * float(np.linalg.norm(noise))
-        known = (Known(k, self.path.x[k] + state.drift, output, doubt), *state.known)[: self.features.history]
-        return self._moved(state, self._growth[k] * state.drift, 0.0, None, known, noise, noise_doubt)
+        here = Known(k, self.path.x[k] + state.drift, self.path.o[k] + error, doubt)
+        known = (here, *state.known)[: self.features.history]
+        drifts = state.drift[None]
+        moved = self._carried([state], drifts) + self.path.b[k] * error
+        (end,) = self._ends([state], moved, np.zeros(1))
+        past = ((state.drift, error), *state.past)[: self.path.depth]
+        return State(*end, known=known, noise=noise, noise_doubt=noise_doubt, steps=(*state.steps, None), past=past)
 
     def predict(self, state: State) -> State:
         """The step is a combination, with the weights of least squares."""
-        k, features = len(state.steps), self.features
-        columns, prior, doubts = self._columns(state)
-        matrix, centre, unsure = np.stack(columns, axis=1), np.asarray(prior), np.asarray(doubts)
-        step = self.path.b[k]
-        target = self.path.o[k]
-        if step:
-            target = target - features.landing * self.path.a[k] / step * state.drift
-        gram = matrix.T @ matrix
-        pull = features.ridge * gram.diagonal() + 1e-300
-        weights = np.linalg.solve(gram + np.diag(pull + unsure**2), matrix.T @ target + pull * centre)
-        drift = self.path.a[k] * state.drift + step * (matrix @ weights - self.path.o[k])
-        unknown = step**2 * float((weights * unsure) @ (weights * unsure))
-        return self._moved(
-            state, drift, unknown, self._named(weights, state), state.known, state.noise, state.noise_doubt
-        )
+        return self._predict_alike([state])[0]
 
     def follow(self, computed: Sequence[int]) -> State:
         """The end of a generation that computes these steps; the first is among them."""
@@ -180,86 +176,137 @@ class Forecast:
 
         Cost: about S * SLACK_OF_SEARCH * longest^2 predicted steps.
         """
+        small = Forecast(self.path.projected(BLUR), self.features)
+        end = small._beam(computed, longest)
+        return self.follow([k for k, step in enumerate(end.steps) if step is None])
+
+    def _beam(self, computed: int, longest: int | None) -> State:
         total = self.path.num_steps
         longest = longest or 2 * math.ceil(total / computed)
-        layer: dict[tuple[int, int, int], State] = {(0, 0, 0): self.start()}
+        coarse = max(1, longest // FINE_GAPS)
+        layer: dict[_Place, State] = {(0, 0, 0): self.start()}
         for k in range(total):
-            following: dict[tuple[int, int, int], State] = {}
-            even = computed * (k + 1) / total
+            even, left = computed * (k + 1) / total, total - k - 1
+
+            def allowed(used: int, even: float = even, left: int = left) -> bool:
+                return computed - left <= used <= computed and abs(used - even) <= SLACK_OF_SEARCH
+
+            best: dict[_Place, State] = {}
+            skipped: dict[_Place, State] = {}
             for (used, gap, before), state in layer.items():
-                moves = [((used + 1, 0, gap), self.compute)]
-                if k and gap < longest:
-                    moves.append(((used, gap + 1, before), self.predict))
-                for key, move in moves:
-                    left = total - k - 1
-                    fits = key[0] + left >= computed and key[0] <= computed
-                    if not fits or abs(key[0] - even) > SLACK_OF_SEARCH:
-                        continue
-                    moved = move(state)
-                    if key not in following or moved.cost < following[key].cost:
-                        following[key] = moved
-            layer = following
+                place = (used + 1, 0, gap // coarse)
+                if allowed(used + 1) and (place not in best or state.cost < best[place].cost):
+                    best[place] = state
+                if k and gap < longest and allowed(used):
+                    skipped[used, gap + 1, before] = state
+            layer = {place: self.compute(state) for place, state in best.items()}
+            layer |= zip(skipped, self._predict_all(list(skipped.values())), strict=True)
         return min((s for s in layer.values() if s.num_computed == computed), key=lambda state: state.cost)
 
-    def _columns(self, state: State) -> tuple[list[Array], list[float], list[float]]:
-        """What the present step may combine, the weights of plain extrapolation, and what is unknown of each."""
-        k, features = len(state.steps), self.features
-        last, times = state.known[0].step, self.path.times
-        before = state.known[1].step if len(state.known) > 1 else None
-        columns: list[Array] = []
-        prior: list[float] = []
-        doubts: list[float] = []
-        ahead = 0.0
-        if before is not None and times[last] != times[before]:
-            ahead = float((times[k] - times[last]) / (times[last] - times[before]))
-        if features.reuses:
-            noise = self._noise_of(last, k)
-            columns.append(self.path.o[k] + self._answer[k] * state.drift + noise)
-            prior.append(1.0)
-            old = features.reuse_doubt * (k - last - 1) * float(np.linalg.norm(noise))
-            doubts.append(old + features.doubt * abs(self._answer[k]) * state.size)
-            if state.noise is not None:
-                columns.append(state.noise)
-                prior.append(-ahead)
-                doubts.append(state.noise_doubt)
-        for i, known in enumerate(state.known):
-            columns.append(known.output)
-            doubts.append(known.doubt)
-            prior.append(0.0 if features.reuses else (1.0 + ahead if i == 0 else -ahead if i == 1 else 0.0))
-        for known in state.known[: features.latents]:
-            columns.append(self.path.x[k] + state.drift - known.latents)
-            prior.append(0.0)
-            doubts.append(0.0)
-        return columns, prior, doubts
+    def _predict_all(self, states: Sequence[State]) -> list[State]:
+        """`predict` of many states before the same step."""
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, state in enumerate(states):
+            alike.setdefault((len(state.known), state.noise is None), []).append(i)
+        found: dict[int, State] = {}
+        for group in alike.values():
+            found |= zip(group, self._predict_alike([states[i] for i in group]), strict=True)
+        return [found[i] for i in range(len(states))]
 
-    def _named(self, weights: Array, state: State) -> Weights:
-        rest = iter(map(float, weights))
-        reuse = next(rest) if self.features.reuses else 0.0
-        noise = next(rest) if self.features.reuses and state.noise is not None else 0.0
-        outputs = tuple(_take(rest, len(state.known)))
-        return Weights(reuse, noise, outputs, tuple(rest))
+    def _predict_alike(self, states: Sequence[State]) -> list[State]:
+        """`predict` of states that know equally much, n of them at once."""
+        path, features, k = self.path, self.features, len(states[0].steps)
+        drifts = np.array([state.drift for state in states])  # [n, r]
+        matrix, prior, unsure = self._columns(states, drifts)  # [n, c, r], [n, c], [n, c]
+        carried = self._carried(states, drifts)
+        step = path.b[k]
+        target = path.o[k] - features.landing / step * carried if step else np.broadcast_to(path.o[k], drifts.shape)
+        gram = matrix @ matrix.transpose(0, 2, 1)
+        pull = features.ridge * np.einsum("ncc->nc", gram) + 1e-300
+        np.einsum("ncc->nc", gram)[:] += pull + unsure**2
+        right = (matrix @ target[..., None])[..., 0] + pull * prior
+        weights = np.linalg.solve(gram, right[..., None])[..., 0]
+        errors = np.einsum("nc,ncr->nr", weights, matrix) - path.o[k]
+        unknown = step**2 * ((weights * unsure) ** 2).sum(1)
+        ends = self._ends(states, carried + step * errors, unknown)
+        return [
+            State(
+                *end,
+                known=state.known,
+                noise=state.noise,
+                noise_doubt=state.noise_doubt,
+                steps=(*state.steps, self._named(row, state)),
+                past=((state.drift, error), *state.past)[: path.depth],
+            )
+            for state, end, error, row in zip(states, ends, errors, weights.tolist(), strict=True)
+        ]
+
+    def _columns(self, states: Sequence[State], drifts: Array) -> tuple[Array, Array, Array]:
+        """What the present step may combine, the weights of plain extrapolation, and what is unknown of each."""
+        path, features, k = self.path, self.features, len(states[0].steps)
+        count, known = len(states), len(states[0].known)
+        last = np.array([state.known[0].step for state in states])
+        before = np.array([state.known[min(1, known - 1)].step for state in states])
+        gap = path.times[last] - path.times[before]
+        ahead = np.where(gap == 0.0, 0.0, (path.times[k] - path.times[last]) / np.where(gap == 0.0, 1.0, gap))
+        outputs = np.array([each.output for state in states for each in state.known]).reshape(count, known, -1)
+        columns = [outputs]
+        prior = np.zeros((count, known))
+        unsure = [np.array([[each.doubt for each in state.known] for state in states])]
+        priors = [prior]
+        if not features.reuses:
+            prior[:, 0] = 1.0 + ahead * (known > 1)
+            prior[:, 1:2] = -ahead[:, None]
+        else:
+            noise = self._noise_sum[k] - self._noise_sum[last]
+            old = features.reuse_doubt * (k - last - 1) * np.linalg.norm(noise, axis=1)
+            sizes = np.array([state.size for state in states])
+            reused = [(path.o[k] + path.answer[k] * drifts + noise)[:, None]]
+            doubts = [(old + features.doubt * abs(path.answer[k]) * sizes)[:, None]]
+            pulls = [np.ones((count, 1))]
+            if states[0].noise is not None:
+                reused.append(np.array([state.noise for state in states])[:, None])
+                doubts.append(np.array([[state.noise_doubt] for state in states]))
+                pulls.append(-ahead[:, None])
+            columns, unsure, priors = [*reused, *columns], [*doubts, *unsure], [*pulls, *priors]
+        if moved := min(known, features.latents):
+            then = np.array([each.latents for state in states for each in state.known[:moved]])
+            columns.append((path.x[k] + drifts)[:, None] - then.reshape(count, moved, -1))
+            priors.append(np.zeros((count, moved)))
+            unsure.append(np.zeros((count, moved)))
+        return (
+            np.concatenate(columns, axis=1),
+            np.concatenate(priors, axis=1),
+            np.concatenate(unsure, axis=1),
+        )
+
+    def _named(self, weights: list[float], state: State) -> Weights:
+        first = int(self.features.reuses)
+        own = first + int(first and state.noise is not None)
+        rest = own + len(state.known)
+        reuse, noise = weights[0] if first else 0.0, weights[1] if own > 1 else 0.0
+        return Weights(reuse, noise, tuple(weights[own:rest]), tuple(weights[rest:]))
 
     def _noise_of(self, source: int, step: int) -> Array:
         """What reusing the cuts of `source` causes at `step`: nearly the sum of the noise of single steps."""
         return np.asarray(self._noise_sum[step] - self._noise_sum[source])
 
-    def _moved(
-        self,
-        state: State,
-        drift: Array,
-        unknown: float,
-        done: Weights | None,
-        known: tuple[Known, ...],
-        noise: Array | None,
-        noise_doubt: float,
-    ) -> State:
-        k = len(state.steps)
-        variance = self._growth[k] ** 2 * state.variance + unknown
-        norm = self._norms[k] * self._growth[k]
-        cost = math.sqrt(float(drift @ drift) + variance) / norm if norm else 0.0
-        return State(drift, variance, known, noise, noise_doubt, (*state.steps, done), cost)
+    def _carried(self, states: Sequence[State], drifts: Array) -> Array:
+        """[n, r], the drifts behind the present step if its output is right."""
+        k, path = len(states[0].steps), self.path
+        carried = path.a[k] * drifts
+        for j in range(len(states[0].past)):
+            carried += path.past_x[k, j] * np.array([state.past[j][0] for state in states])
+            carried += path.past_o[k, j] * np.array([state.past[j][1] for state in states])
+        return np.asarray(carried)
 
-
-def _take(values: Iterator[float], number: int) -> Iterator[float]:
-    for _ in range(number):
-        yield next(values)
+    def _ends(
+        self, states: Sequence[State], drifts: Array, unknown: Array
+    ) -> Iterator[tuple[Array, float, float, float]]:
+        """For each state that moves to one of the [n, r] drifts: drift, variance, size and cost."""
+        k, path = len(states[0].steps), self.path
+        variances = path.growth[k] ** 2 * np.array([state.variance for state in states]) + unknown
+        sizes = np.sqrt(np.einsum("nr,nr->n", drifts, drifts) + variances)
+        norm = self._norms[k]
+        costs = sizes / norm if norm else 0.0 * sizes
+        return zip(drifts, variances.tolist(), sizes.tolist(), costs.tolist(), strict=True)

@@ -1,22 +1,24 @@
 """The path of a sampler through its latents: what its solver does with the model's outputs, found out by regression.
 
-A deterministic solver's step is affine in its latents and in the model's outputs, x' = a x + b o. With classifier-free
+A solver's step is affine in its latents and in the model's outputs, x' = a x + b o; solvers of higher order also use
+latents and outputs of earlier steps, and stochastic ones add noise that does not depend on either. With classifier-free
 guidance o is a mixture of the outputs of several streams (calls with the same latents, or equal parts of one batch),
 o = sum_p s_p o_p with sum_p s_p = 1. Only this mixture moves the latents, so only its errors count, and it is what a
 profile keeps as `Profile.path`: inner products of the latents x_0 .. x_{S-1}, the mixtures o_0 .. o_{S-1}, and the
 mixtures q_0 .. q_{S-1} of what reuse would have caused.
 
 Neither the sampler nor its guidance scale need be known: the s_p, a and b follow from the recorded latents by least
-squares. Where a solver clips, adds noise or remembers more than one output, what is left over is `Path.residual`.
+squares. Where a solver clips or adds noise, what is left over is `Path.residual`.
 
+Solvers with a memory: DPM-Solver++, arXiv:2211.01095, UniPC, arXiv:2302.04867.
 Source: that the scalars follow from recorded calls is ours; guidance, arXiv:2207.12598.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,15 @@ if TYPE_CHECKING:
     from omnifx.recording import Recorder
 
 Array = npt.NDArray[np.float64]
+
+MOST_REMEMBERED = 2
+"""Steps before the present one whose latents and outputs a solver may use; UniPC of second order uses two."""
+
+CLEAN = 1e-3
+"""Share of a step's length that a solver may leave unexplained, as rounding does."""
+
+CLEARER = 0.1
+"""What share of the residual a memory must leave, to be believed."""
 
 MOST_PARTS = 3
 """Equal parts of a batch that are told apart: guidance by one more, or by two more outputs."""
@@ -66,13 +77,12 @@ def guidance(latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     if number == 1:
         return torch.ones(1, dtype=torch.float64)
     found = []
-    for now, after, part in zip(latents[:-1], latents[1:], outputs, strict=False):
-        columns = torch.cat([now[None], part]).double()
-        gram = columns @ columns.T
-        gram = gram + torch.diag(gram.diagonal() * 1e-10 + 1e-300)
-        weights = torch.linalg.solve(gram, columns @ after.double())[1:].cpu()
-        if abs(total := float(weights.sum())) > 1e-8 * float(weights.abs().sum()):
-            found.append(weights / total)
+    columns = [torch.cat([now[None], part]).double() for now, part in zip(latents, outputs, strict=True)]
+    for k in range(len(columns) - 1):
+        known = torch.cat(columns[max(0, k - MOST_REMEMBERED) : k + 1][::-1])
+        weights = _least_squares(known.T.cpu().numpy(), latents[k + 1].double().cpu().numpy())[1 : 1 + number]
+        if abs(total := weights.sum()) > 1e-8 * np.abs(weights).sum():
+            found.append(torch.as_tensor(weights / total))
     if not found:
         return torch.full((number,), 1.0 / number, dtype=torch.float64)
     shares = torch.stack(found).median(0).values
@@ -85,10 +95,14 @@ class Path:
 
     Attributes:
         x, o, q: [S, r], latents, outputs and noise; r <= 3 S.
-        a, b: [S], the solver's step ``x' = a x + b o``; those of the last step, whose result nobody saw, are those of
-        the step before.
-        residual: [S], what the solver's step does beside that, over the length of the step; no unit.
+        a, b: [S], the solver's step ``x_{k+1} = a x_k + b o_k + sum_j (past_x_j x_{k-1-j} + past_o_j o_{k-1-j})``;
+        those of the last step, whose result nobody saw, are those of the step before.
+        residual: [S], what the solver's step does beside that (clips, fresh noise), over the length of the step; no
+        unit.
         times: [S], the timesteps, in the model's units.
+        past_x, past_o: [S, depth], what the solver remembers; depth 0 if nothing.
+        growth: [S], norm of the step's result, what is left over aside, over that of its latents.
+        answer: [S], how outputs follow latents that drift: see `omnifx.forecast`.
     """
 
     x: Array
@@ -98,6 +112,10 @@ class Path:
     b: Array
     residual: Array
     times: Array
+    past_x: Array
+    past_o: Array
+    growth: Array
+    answer: Array
 
     @classmethod
     def of(cls, gram: Tensor, times: Sequence[float]) -> Path:
@@ -107,19 +125,89 @@ class Path:
         kept = values > max(values[-1], 0.0) * 1e-15
         coordinates = vectors[:, kept] * np.sqrt(values[kept])
         x, o, q = coordinates[:steps], coordinates[steps : 2 * steps], coordinates[2 * steps :]
-        a, b, residual = np.ones(steps), np.zeros(steps), np.zeros(steps)
-        for k in range(steps - 1):
-            columns = np.stack([x[k], o[k]], axis=1)
-            (a[k], b[k]), *_ = np.linalg.lstsq(columns, x[k + 1], rcond=None)
-            length = float(np.linalg.norm(x[k + 1] - x[k]))
-            residual[k] = np.linalg.norm(columns @ (a[k], b[k]) - x[k + 1]) / length if length else 0.0
-        a[-1], b[-1], residual[-1] = a[-2], b[-2], residual[-2]
-        return cls(x, o, q, a, b, residual, np.asarray(times, dtype=np.float64))
+        return cls.through(x, o, q, times)
+
+    @classmethod
+    def through(cls, x: Array, o: Array, q: Array, times: Sequence[float]) -> Path:
+        """From [S, r] vectors; S >= 3.
+
+        A solver is taken to remember as few steps as explain what it did, and none where no memory does: noise then
+        hides it, and its effect is about that of the present output.
+        """
+        fits = [_Solver.fit(x, o, depth) for depth in range(MOST_REMEMBERED + 1)]
+        plain = fits[0]
+        clean = (fit for fit in fits if np.median(fit.residual) <= max(CLEAN, CLEARER * np.median(plain.residual)))
+        solver = next(clean, plain)
+        norms = np.linalg.norm(x, axis=1)
+        growth = solver.lengths / np.maximum(norms, np.finfo(np.float64).tiny)
+        answer = np.where(plain.b == 0.0, 0.0, (growth - plain.a) / np.where(plain.b == 0.0, 1.0, plain.b))
+        return cls(
+            x,
+            o,
+            q,
+            solver.a,
+            solver.b,
+            solver.residual,
+            np.asarray(times, dtype=np.float64),
+            solver.past_x,
+            solver.past_o,
+            growth,
+            answer,
+        )
+
+    def projected(self, share: float) -> Path:
+        """The path in its leading directions: all but `share` of the energy of latents, outputs and noise."""
+        vectors = np.concatenate([self.x, self.o, self.q])
+        values, directions = np.linalg.eigh(vectors.T @ vectors)
+        kept = directions[:, np.cumsum(values) > share * values.sum()]
+        return replace(self, x=self.x @ kept, o=self.o @ kept, q=self.q @ kept)
+
+    @property
+    def depth(self) -> int:
+        """How many steps the solver remembers."""
+        return int(self.past_x.shape[1])
 
     @property
     def num_steps(self) -> int:
         """Number of steps."""
         return len(self.times)
+
+
+class _Solver(NamedTuple):
+    """What a solver does that remembers so many steps: see `Path`."""
+
+    a: Array
+    b: Array
+    past_x: Array
+    past_o: Array
+    residual: Array
+    lengths: Array
+    """[S], norms of the steps' results, what is left over aside."""
+
+    @classmethod
+    def fit(cls, x: Array, o: Array, depth: int) -> _Solver:
+        steps = len(x)
+        weights = np.zeros((steps, 2, depth + 1))
+        residual, lengths = np.zeros(steps), np.zeros(steps)
+        for k in range(steps - 1):
+            known = min(k, depth) + 1
+            columns = np.concatenate([x[k - known + 1 : k + 1][::-1], o[k - known + 1 : k + 1][::-1]]).T
+            found = _least_squares(columns, x[k + 1])
+            weights[k, :, :known] = found.reshape(2, known)
+            made = columns @ found
+            length = float(np.linalg.norm(x[k + 1] - x[k]))
+            residual[k] = np.linalg.norm(made - x[k + 1]) / length if length else 0.0
+            lengths[k] = np.linalg.norm(made)
+        weights[-1], residual[-1] = weights[-2], residual[-2]
+        lengths[-1] = lengths[-2] * np.linalg.norm(x[-1]) / max(float(np.linalg.norm(x[-2])), 1e-300)
+        return cls(weights[:, 0, 0], weights[:, 1, 0], weights[:, 0, 1:], weights[:, 1, 1:], residual, lengths)
+
+
+def _least_squares(columns: Array, target: Array) -> Array:
+    """Weights of the [m, n] columns; the smallest ones if several do."""
+    scale = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
+    found, *_ = np.linalg.lstsq(columns / scale, target, rcond=1e-7)
+    return np.asarray(found / scale)
 
 
 def _parts(recorder: Recorder) -> tuple[int, ...]:

@@ -149,6 +149,9 @@ class ProfileMeta(BaseModel):
     """How long a step took; None if the model is not one graph, or it was measured by an older version."""
     resampled_from: int = Field(default=0, ge=0)
     """Steps of the profile that it was interpolated from (`omnifx.transfer`); 0: it was measured as it is."""
+    in_parts: bool = False
+    """Whether the model was captured in parts: outputs can be combined at its boundary, but not with the reuse
+    graph's."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -243,7 +246,7 @@ class Profile:
         prior: Mean cuts at each step, if they were measured.
         path: [runs, NUM_HALVES, 3 S, 3 S], float64: inner products of the latents, of the output that the sampler makes
         of all streams (guided, see `omnifx.path`), and of its noise; None if outputs cannot be combined: latents have
-        another shape, or the model is not one graph.
+        another shape, or the model has several outputs.
         signals: [runs, streams, S, signals], float32, for the `signals` of the meta data; NaN where a step gave none.
     Memory: (4 * streams * 8 + 16) * runs * 9 S^2 bytes on the host: 1.1 MB for one run of 50 steps.
     """

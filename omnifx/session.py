@@ -453,6 +453,7 @@ class Session:
             place=conductor.place,
         )
         both = Combination(outputs=(1.0,), latents=(1.0,))
+        profile = replace(profile, meta=profile.meta.model_copy(update={"in_parts": conductor.broken}))
         return replace(profile, path=None) if conductor.combination_problem(both) else profile
 
     # -- profiles ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from omnifx.graph import (
     output_of,
 )
 from omnifx.passes.write_cuts import cuts_of, require_branches
+from omnifx.plan import Combination
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,41 @@ def combinable(gm: fx.GraphModule, branches: tuple[str, ...]) -> Combinable:
     output: Tensor = outputs[moving[0]].meta["val"]  # type: ignore[attr-defined]
     latents: Tensor = placeholders[inputs.latents].meta["val"]
     shapes = [tuple(map(hint, value.shape)) for value in (output, latents)]
-    differing = [i for i, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b]
-    if output.dim() != latents.dim() or differing not in ([], [1], [2] if output.dim() == 3 else [1]):
+    if (channels := channels_of(*shapes)) is None:
         reason = f"its output {list(shapes[0])} and its latents {list(shapes[1])} differ in more than channels"
         return Combinable(moving[0], latents_reason=reason)
-    return Combinable(moving[0], channels=differing[0] if differing else 1)
+    return Combinable(moving[0], channels=channels)
+
+
+def channels_of(output: Sequence[int], latents: Sequence[int]) -> int | None:
+    """The axis along which an output and latents of these shapes may differ; None if they differ in more."""
+    differing = [i for i, (a, b) in enumerate(zip(output, latents, strict=False)) if a != b]
+    if len(output) != len(latents) or differing not in ([], [1], [2] if len(output) == 3 else [1]):
+        return None
+    return differing[0] if differing else 1
+
+
+def combined(
+    combination: Combination,
+    outputs: Sequence[Tensor],
+    latents: Tensor,
+    past_latents: Sequence[Tensor | None],
+    channels: int,
+) -> Tensor:
+    """What a skipped step gives, outside of any graph.
+
+    Args:
+        combination: Without the graph's output and noise; it reads at most as many full steps as are given.
+        outputs: Of full steps, newest first.
+        latents: Now.
+        past_latents: Those of the same full steps.
+        channels: See `channels_of`.
+    """
+    moved = [then for then in past_latents if then is not None]
+    terms = tuple(2 + j for j in range(len(outputs)))
+    moves = tuple(2 + len(outputs) + j for j in range(len(moved)))
+    weights = outputs[0].new_tensor(combination.vector(len(outputs)), dtype=torch.float32)
+    return _combiner(terms, moves, channels)(weights, *outputs, latents, *moved)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnifx.forecast import SLACK_OF_SEARCH, Features, Forecast, State
+from omnifx.forecast import SLACK_OF_SEARCH, Features, Forecast, State, Weights
 from omnifx.path import Array, Path
+from tests.paths import remembering
 
 
 def smooth_path(steps: int, *, size: int = 40, seed: int = 0, noise: float = 0.05, b: float = -0.2) -> Path:
@@ -24,8 +27,16 @@ def smooth_path(steps: int, *, size: int = 40, seed: int = 0, noise: float = 0.0
     x = [3 * rng.normal(size=size)]
     for k in range(steps - 1):
         x.append(x[-1] + b * o[k])
-    ones = np.ones(steps)
-    return Path(np.stack(x), o, q, ones, b * ones, 0 * ones, np.arange(steps, 0.0, -1.0))
+    return path_through(np.stack(x), o, q, b=b)
+
+
+def path_through(x: Array, o: Array, q: Array, *, b: float = -0.2) -> Path:
+    """The path of a sampler with x' = x + b o."""
+    ones, norms = np.ones(len(x)), np.linalg.norm(x, axis=1)
+    growth = np.append(norms[1:] / norms[:-1], norms[-1] / norms[-2]) if norms.all() else ones
+    answer = (growth - 1.0) / b if b else 0 * ones
+    none = np.zeros((len(x), 0))
+    return Path(x, o, q, ones, b * ones, 0 * ones, np.arange(len(x), 0.0, -1.0), none, none, growth, answer)
 
 
 def plain(reuses: bool = False, **changes: float) -> Features:
@@ -41,7 +52,7 @@ def test_outputs_that_lie_on_a_line_are_forecast_without_drift() -> None:
     path = smooth_path(10)
     line = path.o[0] + np.linspace(0, 1, 10)[:, None] * (path.o[5] - path.o[0])
     x = np.stack([path.x[0] - 0.2 * line[:k].sum(0) for k in range(10)])
-    path = Path(x, line, path.q, path.a, path.b, path.residual, path.times)
+    path = path_through(x, line, path.q)
 
     end = Forecast(path, plain(latents=0)).follow([0, 1])
 
@@ -155,9 +166,51 @@ def test_long_generations_are_searched_in_a_band() -> None:
 
 def test_a_path_without_movement_is_followed_without_dividing_by_it() -> None:
     path = smooth_path(6)
-    still = Path(0 * path.x, 0 * path.o, 0 * path.q, path.a, 0 * path.b, path.residual, 0 * path.times)
+    still = replace(path_through(0 * path.x, 0 * path.o, 0 * path.q, b=0.0), times=0 * path.times)
 
     end = Forecast(still, Features(reuses=True)).search(3)
 
     assert end.cost == 0.0
     assert all(np.isfinite(step.outputs).all() for step in end.steps if step is not None)
+
+
+def simulated(path: Path, steps: Sequence[Weights | None]) -> Array:
+    """The last latents of a sampler that moves as the path says, and follows `steps` with a network that answers."""
+    x, o, known = [path.x[0]], [], []
+    for k, step in enumerate(steps[:-1]):
+        if step is None:
+            o.append(path.o[k] + path.answer[k] * (x[k] - path.x[k]))
+            known.insert(0, (x[k], o[k]))
+        else:
+            parts = [w * old for w, (_, old) in zip(step.outputs, known, strict=False)]
+            parts += [w * (x[k] - old) for w, (old, _) in zip(step.latents, known, strict=False)]
+            o.append(np.sum(parts, axis=0))
+        made, recorded = _made(path, x, o, k), _made(path, path.x, path.o, k)
+        x.append(path.x[k + 1] + made - recorded)  # what is left over, fresh noise for one, is the same
+    return x[-1]
+
+
+def _made(path: Path, x: Sequence[Array] | Array, o: Sequence[Array] | Array, k: int) -> Array:
+    total = path.a[k] * x[k] + path.b[k] * o[k]
+    for j in range(min(k, path.depth)):
+        total = total + path.past_x[k, j] * x[k - 1 - j] + path.past_o[k, j] * o[k - 1 - j]
+    return np.asarray(total)
+
+
+@pytest.mark.parametrize(
+    ("past", "noise"),
+    [((), 0.0), (((-0.2, 0.1),), 0.0), (((-0.3, 0.1), (0.1, -0.05)), 0.0), ((), 0.5)],
+)
+def test_a_forecast_is_what_the_sampler_does(past: Sequence[tuple[float, float]], noise: float) -> None:
+    x, o = remembering(14, past=past, noise=noise)
+    path = Path.through(x, o, 0 * o, range(14, 0, -1))
+    forecast = Forecast(path, Features(reuses=False, latents=2))
+
+    state = forecast.start()
+    for k in range(14):
+        last, state = state, forecast.compute(state) if k % 3 == 0 else forecast.predict(state)
+
+    assert path.depth == len(past)
+    drift = simulated(path, state.steps) - path.x[-1]
+    np.testing.assert_allclose(last.drift, drift, atol=1e-6 * np.linalg.norm(path.x[-1]))
+    assert np.linalg.norm(drift) > 1e-3

@@ -17,20 +17,25 @@ from omnifx.errors import ProfileError
 from omnifx.path import Path, guidance, path_of
 from omnifx.profile import Profile
 from omnifx.recording import MOST_CALLS, Recorder
+from tests.paths import remembering
 from tests.profiles import make_profile
 from tests.toys import EAGER, generate, noise, toy
 
 STEPS = 6
 
 
-def walk(shares: tuple[float, ...], *, shape: tuple[int, ...] = (2, 3, 4, 4)) -> tuple[list[Tensor], list[Tensor]]:
-    """Latents, and [p, *shape] outputs of p streams, of a sampler with x' = .9 x - .2 sum_p s_p o_p."""
+def walk(
+    shares: tuple[float, ...], *, shape: tuple[int, ...] = (2, 3, 4, 4), memory: float = 0.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Latents, and [p, *shape] outputs of p streams, of a sampler with x' = .9 x - .2 sum_p s_p o_p; the outputs before
+    have `memory` times the weight of the present ones."""
     x, latents, outputs = noise(*shape), [], []
     for k in range(STEPS):
         parts = torch.stack([noise(*shape, seed=10 * k + p + 1) for p in range(len(shares))])
         latents.append(x)
         outputs.append(parts)
-        x = 0.9 * x - 0.2 * torch.einsum("p,p...->...", torch.tensor(shares), parts)
+        used = parts + memory * outputs[max(0, k - 1)]
+        x = 0.9 * x - 0.2 * torch.einsum("p,p...->...", torch.tensor(shares), used)
     return latents, outputs
 
 
@@ -63,6 +68,39 @@ def test_the_guided_path_is_found_in_batches_and_in_calls(shares: tuple[float, .
     np.testing.assert_allclose(path.b, -0.2, atol=1e-4)
     assert path.residual.max() < 1e-3
     np.testing.assert_allclose(path.x @ path.o.T, (flat[:STEPS] @ flat[STEPS : 2 * STEPS].T).numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("shares", [(-1.0, 2.0), (-2.0, 1.0, 2.0)])
+def test_guidance_is_found_where_the_solver_remembers(shares: tuple[float, ...]) -> None:
+    latents, outputs = walk(shares, shape=(6, 3, 4, 4), memory=-0.5)
+
+    found = guidance(torch.stack(latents).flatten(1), [parts.flatten(1) for parts in outputs])
+
+    assert found.tolist() == pytest.approx(shares, abs=1e-4)
+
+
+@pytest.mark.parametrize("past", [(), ((-0.2, 0.1),), ((-0.3, 0.1), (0.1, -0.05))])
+def test_what_a_solver_remembers_is_found(past: tuple[tuple[float, float], ...]) -> None:
+    x, o = remembering(12, past=past)
+
+    path = Path.through(x, o, 0 * o, range(12, 0, -1))
+
+    assert path.depth == len(past)
+    assert path.residual.max() < 1e-6
+
+
+def test_fresh_noise_is_no_memory_and_carries_no_drift() -> None:
+    x, o = remembering(12, noise=0.5, size=4000)
+
+    path = Path.through(x, o, 0 * o, range(12, 0, -1))
+
+    assert path.depth == 0
+    assert path.residual.min() > 0.5
+    np.testing.assert_allclose(path.a, 0.95, atol=0.02)
+    np.testing.assert_allclose(path.b, -0.2, atol=0.05)
+    made = np.linalg.norm(0.95 * x[:-1] - 0.2 * o[:-1], axis=1) / np.linalg.norm(x[:-1], axis=1)
+    np.testing.assert_allclose(path.growth[:-1], made, rtol=0.02)  # without the noise, which is the same for all
+    np.testing.assert_allclose(path.a + path.b * path.answer, path.growth, rtol=1e-9)
 
 
 def test_a_sketch_finds_nearly_the_same_path() -> None:

@@ -26,7 +26,7 @@ steps computed.
     doubt .5, landing 1, evenly  45.9 / 34.5  48.8 / 38.3  50.4 / 34.8  57.9 / 49.5
 
 ("Evenly": the same fit on full steps that are spread evenly, the last two among them.)
-Cost: the search takes 1 to 3 s on the host for 50 steps, up to 50 s for 250, once for a profile; plans are kept in the
+Cost: the search takes up to 1 s on the host for 50 steps, once for a profile; plans are kept in the
 user's cache.
 """
 
@@ -106,15 +106,16 @@ class Auto(Policy):
 
     def plan(self, profile: Profile, *, speedup: float | None = None) -> Plan:
         wanted = check_speedup(speedup, default=2.0)
-        if profile.path is None:
+        if profile.path is None or (profile.meta.in_parts and self.network == "reuse"):
             plan = OmniCache().plan(profile, speedup=speedup)
             why = (
-                "Nothing can be forecast here (the model is not one graph, has several outputs, or latents unlike its "
-                "output): this is OmniCache's plan."
+                "Nothing can be forecast here (the model has several outputs, or latents unlike its output, or it is "
+                "captured in parts and network='reuse' was asked for): this is OmniCache's plan."
             )
             return plan.model_copy(update={"policy": self.name, "notes": (why, *plan.notes)})
         path = Path.of(profile.path.sum((0, 1)), profile.meta.timesteps)
         kinds: tuple[Kind, ...] = ("skip", "reuse") if self.network == "auto" else (self.network,)
+        kinds = ("skip",) if profile.meta.in_parts else kinds
         counts = {kind: _affordable(profile, wanted, kind) for kind in kinds}
         ends = {
             kind: Forecast(path, self._features(kind)).search(computed, longest=self.longest_gap)

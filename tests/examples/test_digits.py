@@ -79,6 +79,41 @@ def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch(name):
     assert not torch.allclose(together[0], together[1])
 
 
+STOCHASTIC = {
+    "ddim, eta 1": ("dit", {"eta": 1.0}),
+    "ddpm": ("dit", {"solver": "ddpm"}),
+    "sde, dit": ("dit", {"solver": "sde-dpmsolver++"}),
+    "sde, flow": ("flow", {"solver": "sde-dpmsolver++"}),
+    "euler": ("flow", {"solver": "stochastic-euler"}),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_fresh_noise_depends_on_the_seed_and_not_on_the_batch(name):
+    model_name, options = STOCHASTIC[name]
+    load, sample = SAMPLERS[model_name]
+    model, labels = load(), balanced_labels(3)
+
+    together = sample(model, seeds=range(3), labels=labels, steps=4, **options)
+    apart = torch.cat(
+        [sample(model, seeds=[seed], labels=labels[seed : seed + 1], steps=4, **options) for seed in range(3)]
+    )
+
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+    plain = sample(model, seeds=range(3), labels=labels, steps=4)
+    assert (together - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_samples_are_of_the_class_asked_for(name):
+    model_name, options = STOCHASTIC[name]
+    load, sample = SAMPLERS[model_name]
+
+    samples = sample(load(), seeds=range(50), labels=balanced_labels(50), steps=20, **options)
+
+    assert class_consistency(samples, balanced_labels(50), load_classifier()) >= 0.9
+
+
 def test_dit_samples_are_of_the_class_asked_for(dit_samples):
     assert class_consistency(dit_samples, balanced_labels(100), load_classifier()) >= 0.9
 
@@ -137,11 +172,12 @@ def test_every_call_of_the_model_looks_the_same_to_a_compiler(name, cfg):
     assert ticks == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_second_order_solver_samples_as_well_in_few_steps(name):
+def test_second_order_solvers_sample_as_well_in_few_steps(name, solver):
     load, sample = SAMPLERS[name]
 
-    samples = sample(load(), seeds=range(50), labels=balanced_labels(50), steps=8, solver="dpmsolver++")
+    samples = sample(load(), seeds=range(50), labels=balanced_labels(50), steps=8, solver=solver)
 
     assert class_consistency(samples, balanced_labels(50), load_classifier()) >= 0.9
 
@@ -167,8 +203,12 @@ def test_wrong_requests_are_refused():
         sample_dit(load_dit(), seeds=range(3), labels=balanced_labels(2))
     with pytest.raises(ValueError, match="steps must be >= 1"):
         sample_flow(load_flow(), seeds=[0], labels=balanced_labels(1), steps=0)
-    with pytest.raises(ValueError, match="solver must be 'ddim'"):
+    with pytest.raises(ValueError, match=r"sample_dit: solver must be one of \['ddim', .*got 'heun'"):
         sample_dit(load_dit(), seeds=[0], labels=balanced_labels(1), solver="heun")
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], and 0 for solvers but 'ddim', got 0.5 with 'ddpm'"):
+        sample_dit(load_dit(), seeds=[0], labels=balanced_labels(1), solver="ddpm", eta=0.5)
+    with pytest.raises(ValueError, match="sample_flow: solver must be one of"):
+        sample_flow(load_flow(), seeds=[0], labels=balanced_labels(1), solver="heun")
     with pytest.raises(ValueError, match="num_steps must be >= 1"):
         train("dit", num_steps=0)
 
