@@ -1,8 +1,8 @@
 """Write a graph as ONNX: static shapes, weights outside of the file, shared by all graphs of a bundle.
 
 The graph's parameters become attributes of a module again, so that names survive; `torch.export` traces that module
-anew, and torch's exporter converts it. Attention is taken apart into matrix products and a softmax up to opset 22, which
-runtimes fuse again; from 23 on it is one operator.
+anew, and torch's exporter converts it. Attention is taken apart into matrix products and a softmax up to opset 22, and
+runtimes fuse it again; from 23 on it is one operator.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -135,7 +136,9 @@ def _as_module(gm: fx.GraphModule, state: Sequence[tuple[str, Tensor]]) -> tuple
     module.graph.lint()
     module.recompile()
     rest = [node for node in module.graph.nodes if node.op == "placeholder"]
-    return module, [torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype, device=n.meta["val"].device) for n in rest]
+    return module, [
+        torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype, device=n.meta["val"].device) for n in rest
+    ]
 
 
 def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -190,11 +193,32 @@ def _quietly() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _operators_read_once():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
 
+
+def _operators_read_once() -> contextlib.AbstractContextManager[Any]:
+    """torch's exporter reads the library of all operators anew for every graph, which takes longer than a small graph
+    itself; inside, it is read once. Where the exporter looks otherwise, nothing is changed."""
+    try:
+        from torch.onnx._internal.exporter import _registration
+
+        library = _registration.onnxscript_apis
+        read = library.get_torchlib_ops
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()
+
+    def once() -> Any:
+        if not _LIBRARY:
+            _LIBRARY.extend(read())
+        return _LIBRARY
+
+    return mock.patch.object(library, "get_torchlib_ops", once)
+
+
+_LIBRARY: list[Any] = []
 
 __all__ = ["OPSETS", "Written", "require_onnx", "write_onnx"]

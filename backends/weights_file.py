@@ -59,7 +59,7 @@ class WeightsFile:
 def bytes_of(value: Tensor) -> memoryview:
     """The bytes of a tensor, contiguous; not copied if it is so on the host."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 __all__ = ["PAGE", "WeightsFile", "bytes_of"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -43,7 +44,7 @@ DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class FileInfo(_Strict):
@@ -381,7 +382,9 @@ def check_file(folder: Path, file: FileInfo, *, verify: bool) -> Path:
     if not path.is_file():
         raise BundleError(f"{path} is missing. Copy the whole folder, or export it anew.")
     if (size := path.stat().st_size) != file.bytes:
-        raise BundleError(f"{path} has {size:,} bytes, but the manifest says {file.bytes:,}: it was cut off or changed.")
+        raise BundleError(
+            f"{path} has {size:,} bytes, but the manifest says {file.bytes:,}: it was cut off or changed."
+        )
     if verify and (digest := sha256_of(path)) != file.sha256:
         raise BundleError(f"{path} was altered: its SHA-256 is {digest[:12]}..., expected {file.sha256[:12]}...")
     return path
@@ -407,6 +410,32 @@ def num_bytes(info: TensorInfo) -> int:
     for size in info.shape:
         count *= size
     return count * _ITEM_BYTES.get(info.dtype, 1)
+
+
+def contents(manifest: Manifest) -> str:
+    """What a bundle holds, in lines for people."""
+    runs = Counter(run.variant for step in manifest.steps for run in step.runs)
+    runs.update(run.variant for run in manifest.prologue)
+    full = max((variant.flops for variant in manifest.variants.values()), default=0) or 1
+    policy, steps = manifest.policy, len(manifest.steps)
+    width = max(map(len, manifest.variants))
+    lines = [
+        f"{manifest.model.name}, {manifest.producer.dtype}: {steps} steps by {policy.name}, "
+        f"{policy.speedup:.2f}x fewer FLOPs, {len(manifest.variants)} graphs",
+        policy.timeline,
+        f"{'graph':<{width}}  {'runs':>5} {'FLOPs':>7} {'weights':>12} {'file':>12}",
+    ]
+    for name, variant in manifest.variants.items():
+        lines.append(
+            f"{name:<{width}}  {runs[name]:>5} {variant.flops / full:>7.1%} {_mib(variant.params_bytes):>12} "
+            f"{_mib(variant.file.bytes):>12}"
+        )
+    shared, stream = _mib(manifest.weights.bytes), _mib(manifest.stream_bytes)
+    return "\n".join([*lines, f"{manifest.weights.path}: {shared}, shared by all; buffers of one stream: {stream}"])
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:,.2f} MiB"
 
 
 def json_schema() -> dict[str, Any]:
@@ -435,6 +464,7 @@ __all__ = [
     "TensorInfo",
     "VariantInfo",
     "check_file",
+    "contents",
     "file_info",
     "json_schema",
     "num_bytes",

@@ -457,4 +457,3 @@ def _described(value: object) -> str:
 
 
 __all__ = ["BundleRunner", "BundleStats", "Engine", "read_constants", "reference_leaves"]
-

@@ -112,9 +112,7 @@ def capture_for_export(model: nn.Module, arguments: Mapping[str, Any]) -> Captur
     return _captured(model, program, arguments, accepted, eager)
 
 
-def _captured(
-    model: nn.Module, program: Any, arguments: dict[str, Any], accepted: list[str], eager: Any
-) -> Captured:
+def _captured(model: nn.Module, program: Any, arguments: dict[str, Any], accepted: list[str], eager: Any) -> Captured:
     gm: fx.GraphModule = program.graph_module
     signature = program.graph_signature
     if changed := [spec for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]:

@@ -16,7 +16,16 @@ from torch import Tensor, fx
 
 from omnifx.errors import ExportError
 from omnifx.export_capture import Captured
-from omnifx.graph import EXTRA_INPUTS, EXTRA_OUTPUTS, clone, nodes_by_name, num_bytes, output_of, run_passes, total_flops
+from omnifx.graph import (
+    EXTRA_INPUTS,
+    EXTRA_OUTPUTS,
+    clone,
+    nodes_by_name,
+    num_bytes,
+    output_of,
+    run_passes,
+    total_flops,
+)
 from omnifx.passes.eliminate import Eliminate
 from omnifx.passes.hoist_conditions import HoistConditions, hoisted_key
 from omnifx.passes.pipeline import VariantSpec, pipeline
@@ -113,14 +122,13 @@ class GraphMaker:
         self._invariant_nodes = tuple(
             names[i] for i in own if i not in moving and plain[i] not in (*self.times, *self.varying)
         )
-        keys = {cut: key for cut, key in self.program.cut_keys.items()}
         held = {
             name: f"{branch.name}:held{i}"
             for branch in self.program.branches
             if branch.tokens is not None
             for i, name in enumerate(branch.tokens.held)
         }
-        self._keys = held | keys
+        self._keys = held | self.program.cut_keys
 
     @property
     def invariants(self) -> tuple[str, ...]:
@@ -215,7 +223,9 @@ class GraphMaker:
                 gm.graph.erase_node(node)
         extra = placeholders[first + len(own) :]
         for node, tag in zip(extra, gm.meta.get(EXTRA_INPUTS, ()), strict=True):
-            inputs.append(Port(self._named(tag), tag, node.meta["val"]))
+            name_here = self._named(tag)
+            twins = sum(port.label == tag for port in inputs)  # a square grid has one low pass for both axes
+            inputs.append(Port(f"{name_here}#{twins}" if twins else name_here, tag, node.meta["val"]))
         given: Sequence[fx.Node] = output_of(gm).args[0]  # type: ignore[assignment]
         tags = [*(f"output:{i}" for i in range(outputs)), *gm.meta.get(EXTRA_OUTPUTS, ())]
         found = [
@@ -265,4 +275,14 @@ def difference_graph(like: Tensor) -> Graph:
     return Graph(f"difference_{shape}", gm, (ports[0], ports[1]), (ports[2],), "difference")
 
 
-__all__ = ["CONDITION", "INVARIANT", "MOST_TOKENS", "TIMESTEP", "Graph", "GraphMaker", "Port", "cut_key", "difference_graph"]
+__all__ = [
+    "CONDITION",
+    "INVARIANT",
+    "MOST_TOKENS",
+    "TIMESTEP",
+    "Graph",
+    "GraphMaker",
+    "Port",
+    "cut_key",
+    "difference_graph",
+]

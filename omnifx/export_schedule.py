@@ -62,6 +62,17 @@ class _Stream:
     age: int = 0
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """What runs when, and all that it runs."""
+
+    prologue: tuple[Run, ...]
+    steps: tuple[Step, ...]
+    graphs: dict[str, Graph]
+    buffers: dict[str, BufferInfo]
+    constants: dict[str, Tensor]
+
+
 @dataclass
 class ScheduleMaker:
     """Makes the schedule of one plan.
@@ -84,18 +95,18 @@ class ScheduleMaker:
     graphs: dict[str, Graph] = field(default_factory=dict)
     _stream: _Stream = field(default_factory=_Stream)
 
-    def make(self) -> tuple[tuple[Run, ...], tuple[Step, ...]]:
+    def make(self) -> Schedule:
         """The prologue and the steps."""
         check_fits(self.plan, self.program, self.prior)
         for k, row in enumerate(self.plan.rows):  # all graphs first: the replay takes one that is there
             self._graph(self._spec(k, row))
         letters = self.plan.timeline().splitlines()[-1]
         steps = tuple(self._step(k, letters[k]) for k in range(len(self.plan.steps)))
-        prologue = self.maker.prologue()
-        if prologue is None:
-            return (), steps
-        self.graphs[prologue.name] = prologue
-        return (self._run(prologue, 0, {}),), steps
+        runs: tuple[Run, ...] = ()
+        if (prologue := self.maker.prologue()) is not None:
+            self.graphs[prologue.name] = prologue
+            runs = (self._run(prologue, 0, {}),)
+        return Schedule(runs, steps, self.graphs, self.buffers.infos, self.constants)
 
     # -- which graphs --------------------------------------------------------------------------------------------------
 
@@ -316,8 +327,8 @@ class ScheduleMaker:
             values = stream.cuts.get(cut, ())
             if not values:
                 raise PlanError(
-                    f"export: a step reads the cache of {self.maker.cut_name(cut)} before any step has written it. Make "
-                    "the plan anew with `omnifx plan`."
+                    f"export: a step reads the cache of {self.maker.cut_name(cut)} before any step has written it. "
+                    "Make the plan anew with `omnifx plan`."
                 )
             return Source(buffer=values[int(age)] if age and int(age) < len(values) else values[0])
         if kind == "noise":
@@ -351,7 +362,9 @@ class ScheduleMaker:
         kind, _, name = label.partition(":")
         if kind == "cut":
             old = self._stream.cuts.get(name, ())
-            return self.buffers.take("cut", self.maker.cut_name(name), like, busy={*old[: self._terms(name) - 1], *read})
+            return self.buffers.take(
+                "cut", self.maker.cut_name(name), like, busy={*old[: self._terms(name) - 1], *read}
+            )
         return self.buffers.take(kind, self.maker.cut_name(name), like, busy=read)
 
     def _terms(self, cut: str) -> int:
@@ -391,8 +404,8 @@ def check_fits(plan: Plan, program: Program, prior: Prior | None) -> None:
         missing = [name for name in plan.branches if name not in program.names]
         more = [name for name in program.names if name not in plan.branches]
         raise PlanError(
-            f"export: the plan is for other branches than the model has here: {missing[:3]} are missing, {more[:3]} are "
-            "new. Calibrate and plan on this model, at this size."
+            f"export: the plan is for other branches than the model has here: {missing[:3]} are missing, {more[:3]} "
+            "are new. Calibrate and plan on this model, at this size."
         )
     if plan.merges:
         raise PlanError(
@@ -415,9 +428,9 @@ def check_fits(plan: Plan, program: Program, prior: Prior | None) -> None:
         raise PlanError("export: the plan filters its corrections, but the output has no grid here.")
     if any(step.trend for step in plan.steps) and prior is None:
         raise PlanError(
-            "export: the plan follows the trends of its profile's prior. Give the profile: omnifx.export(..., profile=)."
+            "export: the plan follows the trends of its profile's prior. Give the profile: omnifx.export(..., "
+            "profile=)."
         )
 
 
-__all__ = ["Buffers", "ScheduleMaker", "check_fits", "dtype_name"]
-
+__all__ = ["Buffers", "Schedule", "ScheduleMaker", "check_fits", "dtype_name"]

@@ -1,6 +1,6 @@
 """Remove what `torch.export` leaves behind and no target wants: checks, copies that copy nothing, work done twice.
 
-Before:  x -> _assert_tensor_metadata ; x -> clone -> squeeze (of an axis that is not 1) -> linear ; x -> view, x -> view
+Before:  x -> _assert_tensor_metadata ; x -> clone -> squeeze (an axis that is not 1) -> linear ; x -> view, x -> view
 After:   x -> linear ; x -> view
 Numerics: bitwise equal.
 
@@ -42,7 +42,7 @@ class CleanCapture(Pass):
             elif _does_nothing(node):
                 node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)
-        gm.graph = fx_graph_cse(gm.graph)  # type: ignore[no-untyped-call]
+        gm.graph = fx_graph_cse(gm.graph)
         return len(gm.graph.nodes) != before
 
 
@@ -63,7 +63,7 @@ def _does_nothing(node: fx.Node) -> bool:
     if packet in (aten.mul, aten.div):
         return len(node.args) == 2 and _is_one(node.args[1]) and not node.kwargs
     if packet is aten.permute:
-        return [d % value.dim() for d in node.args[1]] == list(range(value.dim()))  # type: ignore[union-attr]
+        return [int(d) % value.dim() for d in argument_of(node, "dims")] == list(range(value.dim()))
     if packet is aten.slice and argument_of(node, "step", 1) != 1:
         return False
     return packet in _SAME_IF_SHAPED and value.stride() == given.stride()

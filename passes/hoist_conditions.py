@@ -8,8 +8,8 @@ Numerics: bitwise equal in the eager lowering, close (1e-6 relative in float32) 
 In a reuse step most of the weights that are still read belong to the modulation: the same values in every generation
 with the same timesteps. The second graph runs once for each timestep, and later generations read a table.
 
-An export names the inputs that the second graph may read: the timestep alone, whose values are known when it is written,
-or what stays the same in a generation. These graphs are made for what they save, not for the bytes they read.
+An export names the inputs that the second graph may read: the timestep alone, whose values are known by then, or what
+stays the same in a generation. These graphs are made for what they save, not for the bytes they read.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ After:   weight[a:b] (a new parameter) -> linear(x, bias)    doubled (a new para
 Numerics: bitwise equal, but for products whose operand is laid out in another way: close (1e-6 relative in float32).
 
 A converter makes one Gemm of a linear layer, which reads the weight as the model holds it. Of a transposed weight it
-makes a second copy, for every graph another one. What would be larger than the parameters it is made from stays as it is.
+makes a second copy, for every graph another one. What would be larger than what it is made from stays as it is.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class UseLinears(Pass):
         """Replace what parameters alone decide by new parameters."""
         known: set[fx.Node] = set()
         for node in gm.graph.nodes:
-            if node.op == "get_attr" or (node.op == "call_function" and _is_plain(node)):
-                if all(parent in known for parent in node.all_input_nodes):
-                    known.add(node)
+            plain = node.op == "get_attr" or (node.op == "call_function" and _is_plain(node))
+            if plain and all(parent in known for parent in node.all_input_nodes):
+                known.add(node)
         ends = [n for n in known if n.op == "call_function" and any(user not in known for user in n.users)]
         folded = [node for node in ends if _fits(node)]
         for number, node in enumerate(sorted(folded, key=list(gm.graph.nodes).index)):
@@ -86,7 +86,8 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _is_vector(node: fx.Node) -> bool:
-    return node.meta["val"].dim() == 1
+    value: Tensor = node.meta["val"]
+    return value.dim() == 1
 
 
 def _fits(node: fx.Node) -> bool:
@@ -107,7 +108,9 @@ def _fits(node: fx.Node) -> bool:
 def _evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The value of a node that parameters alone decide."""
     if node.op == "get_attr":
-        found: Tensor = gm.get_parameter(str(node.target)) if _is_parameter(gm, node) else gm.get_buffer(str(node.target))
+        found: Tensor = (
+            gm.get_parameter(str(node.target)) if _is_parameter(gm, node) else gm.get_buffer(str(node.target))
+        )
         return found.detach()
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: _evaluate(gm, arg))
     with torch.no_grad():
