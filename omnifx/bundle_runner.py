@@ -239,6 +239,10 @@ class BundleRunner:
             if value.device.type != self.device.type:
                 raise BundleError(f"{self._name}: {name} is on {value.device}, but the bundle runs on {self.device}.")
             found[name] = value.detach().to(_dtype(info.dtype)).contiguous()
+        for name in [name for name, value in call.constants.items() if value is not None and name not in leaves]:
+            raise BundleError(
+                f"{self._name}: {name} is missing, but the bundle was made with {call.constants[name]!r}. Pass that."
+            )
         for name, value in leaves.items():
             if name in call.constants and call.constants[name] == value:
                 continue
@@ -269,7 +273,7 @@ class BundleRunner:
             ]
             if not fitting:
                 if not close(steps[0].timestep, time):
-                    raise BundleError(self._why_not(time, token, context, fixed))
+                    raise BundleError(self._why_not(time, token, context, fixed, sample))
                 key, stream = next(self._numbers), _Stream(token, context, fixed, sample)
             else:
                 key, stream = self._nearest(fitting, sample)
@@ -300,7 +304,7 @@ class BundleRunner:
             )
         return moves[0][1], dict(fitting)[moves[0][1]]
 
-    def _why_not(self, time: float, token: object, context: str, fixed: Mapping[str, Watched]) -> str:
+    def _why_not(self, time: float, token: object, context: str, fixed: Mapping[str, Watched], sample: Tensor) -> str:
         """Why a call is no step of any stream."""
         known = self.manifest.scheduler.timesteps
         at = next((k for k, timestep in enumerate(known) if close(timestep, time)), None)
@@ -312,7 +316,8 @@ class BundleRunner:
         waiting = [s for s in self._streams.values() if s.mark is token and s.context == context and s.step + 1 == at]
         for stream in waiting:
             changed = [name for name, watched in fixed.items() if not stream.fixed[name].same(watched)]
-            if changed:
+            near = float((sample - stream.latents).norm()) < 0.7 * float(stream.latents.norm())
+            if changed and near:
                 return (
                     f"{self._name}: {changed[0]} changed amid a generation (step {at}, timestep {time:g}); the bundle "
                     "takes it as the same in all steps. Export with varying_inputs=[...] if it is meant to change."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from omnifx.errors import ExportError
+from omnifx.export_dynamo import dynamo_graph
 from omnifx.graph import PLAIN_NAME
 from omnifx.passes.clean_capture import CleanCapture
 
@@ -79,12 +80,13 @@ class Captured:
         return found
 
 
-def capture_for_export(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
+def capture_for_export(model: nn.Module, arguments: Mapping[str, Any], *, dynamo: bool = False) -> Captured:
     """Capture one call of a model.
 
     Args:
         model: In eval mode, on the device that its parameters are on.
         arguments: One call's arguments by the names of its `forward`; see `bind_arguments`.
+        dynamo: Whether to go through Dynamo instead of `torch.export`.
 
     Raises: ExportError if torch cannot export it, or the model draws random numbers or writes to its buffers.
     Memory: what a call of the model takes; parameters are not copied.
@@ -92,24 +94,51 @@ def capture_for_export(model: nn.Module, arguments: Mapping[str, Any]) -> Captur
     if model.training:
         raise ExportError(f"export: {type(model).__name__} is in training mode. Call model.eval() first.")
     arguments = dict(arguments)
-    accepted = list(inspect.signature(model.forward).parameters)
+    accepted = tuple(inspect.signature(model.forward).parameters)
     if "return_dict" in accepted:
         arguments["return_dict"] = False
+    how = "Dynamo" if dynamo else "torch.export"
     with torch.no_grad(), _quietly():
         try:
-            program = torch.export.export(model, (), arguments, strict=False)
-            table = torch.export.default_decompositions()
-            for target in _KEPT_WHOLE:
-                table.pop(target, None)
-            program = program.run_decompositions(table)
+            captured = (_by_dynamo if dynamo else _by_export)(model, arguments, accepted)
+        except ExportError:
+            raise
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ExportError(
-                f"export: torch.export cannot capture {type(model).__name__}: {first.strip()} Do these inputs fit it? "
+                f"export: {how} cannot capture {type(model).__name__}: {first.strip()} Do these inputs fit it? "
                 "OMNIFX_DEBUG=1 shows all."
             ) from error
-        eager = model(**arguments)
-    return _captured(model, program, arguments, accepted, eager)
+    CleanCapture()(captured.gm)
+    captured.gm.recompile()
+    return captured
+
+
+def _decompositions() -> dict[Any, Any]:
+    table = dict(torch.export.default_decompositions())
+    for target in _KEPT_WHOLE:
+        table.pop(target, None)
+    return table
+
+
+def _by_dynamo(model: nn.Module, arguments: dict[str, Any], accepted: tuple[str, ...]) -> Captured:
+    found = leaves_of_call(arguments)
+    tensors = {path: value for path, value in found.items() if isinstance(value, Tensor)}
+    constants = {path: value for path, value in found.items() if not isinstance(value, Tensor)}
+    for path, value in constants.items():
+        _require_plain(path, value)
+    gm, state, eager = dynamo_graph(model, arguments, tensors, _decompositions())
+    flat: list[Any] = pytree.tree_leaves(eager, is_leaf=lambda value: value is None)
+    given = iter(range(len(flat)))
+    computed = tuple(None if value is None else next(given) for value in flat)
+    leaves = tuple(Leaf(path, value) for path, value in tensors.items())
+    return Captured(gm, tuple(state), leaves, constants, accepted, _container(eager, computed))
+
+
+def _by_export(model: nn.Module, arguments: dict[str, Any], accepted: tuple[str, ...]) -> Captured:
+    program = torch.export.export(model, (), arguments, strict=False)
+    program = program.run_decompositions(_decompositions())
+    return _captured(model, program, arguments, accepted, model(**arguments))
 
 
 def _captured(model: nn.Module, program: Any, arguments: dict[str, Any], accepted: list[str], eager: Any) -> Captured:
@@ -134,17 +163,19 @@ def _captured(model: nn.Module, program: Any, arguments: dict[str, Any], accepte
             continue
         path, value = next(given)
         if isinstance(spec.arg, ConstantArgument) or not isinstance(value, Tensor):
-            if node.users:
-                raise ExportError(f"export: {path} is {value!r}, which a static graph cannot take. Pass a tensor.")
+            _require_plain(path, value if not node.users else node)
             constants[path] = value
             gm.graph.erase_node(node)
         else:
             leaves.append(Leaf(path, value))
             node.meta[PLAIN_NAME] = path
     returned = _returned(gm, eager)
-    CleanCapture()(gm)
-    gm.recompile()
-    return Captured(gm, tuple(state), tuple(leaves), constants, tuple(accepted), returned)
+    return Captured(gm, tuple(state), tuple(leaves), constants, accepted, returned)
+
+
+def _require_plain(path: str, value: Any) -> None:
+    if not isinstance(value, bool | int | float | str | None):
+        raise ExportError(f"export: {path} is {value!r}, which a static graph cannot take. Pass a tensor.")
 
 
 def _returned(gm: fx.GraphModule, eager: Any) -> Returned:
@@ -154,11 +185,15 @@ def _returned(gm: fx.GraphModule, eager: Any) -> Returned:
     kept = [i for i, value in enumerate(flat) if isinstance(value, fx.Node)]
     end.args = (tuple(flat[i] for i in kept),)
     computed = tuple(kept.index(i) if i in kept else None for i in range(len(flat)))
+    return _container(eager, computed)
+
+
+def _container(eager: Any, computed: tuple[int | None, ...]) -> Returned:
     if isinstance(eager, Tensor):
         return Returned("tensor", (), computed)
     if isinstance(eager, Mapping):
         return Returned(f"{type(eager).__module__}.{type(eager).__qualname__}", tuple(map(str, eager)), computed)
-    if isinstance(eager, tuple | list) and len(eager) == len(flat):
+    if isinstance(eager, tuple | list) and len(eager) == len(computed):
         return Returned("tuple", (), computed)
     raise ExportError(
         f"export: the model returns {type(eager).__name__} that is neither a tensor, a flat tuple nor a mapping. Wrap "
@@ -242,7 +277,7 @@ def verify(captured: Captured, model: nn.Module, arguments: Mapping[str, Any], l
         error = difference(b, a)
         if not error <= TOLERANCE.get(a.dtype, 0.0):
             raise ExportError(
-                f"export: what torch.export made of {type(model).__name__} differs from the model by {error:.1e} of "
+                f"export: what was captured of {type(model).__name__} differs from the model by {error:.1e} of "
                 f"output {number}'s norm on a second set of inputs (allowed: {TOLERANCE.get(a.dtype, 0.0):g}). Nothing "
                 "was written. Its forward may depend on values that the capture took as constants."
             )
@@ -264,8 +299,6 @@ def _quietly() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
 
-
-Check = Callable[[Mapping[str, Tensor]], None]
 
 __all__ = [
     "TOLERANCE",

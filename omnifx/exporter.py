@@ -128,10 +128,23 @@ def prepare(
 ) -> Prepared:
     """Capture a model, compare it with itself on other inputs, and make the graphs and the schedule; see `export`."""
     arguments = bind_arguments(model, example_inputs)
-    captured = capture_for_export(model, arguments)
-    job = _analysed(model, captured, plan, timestep, tuple(varying_inputs), conditions, same_weights)
-    check = _check_leaves(model, job, plan, check_inputs)
-    verify(captured, model, arguments, check)
+
+    def attempt(dynamo: bool) -> tuple[Job, dict[str, Tensor]]:
+        captured = capture_for_export(model, arguments, dynamo=dynamo)
+        job = _analysed(model, captured, plan, timestep, tuple(varying_inputs), conditions, same_weights)
+        check = _check_leaves(model, job, plan, check_inputs)
+        verify(captured, model, arguments, check)
+        return job, check
+
+    try:
+        job, check = attempt(dynamo=False)
+    except ExportError as first:
+        if model.training:
+            raise
+        try:
+            job, check = attempt(dynamo=True)
+        except ExportError as second:
+            raise ExportError(f"{first} Nor can it be captured through Dynamo: {second}") from first
     schedule = ScheduleMaker(job.program, job.maker, plan, profile.prior if profile is not None else None).make()
     return Prepared(job, check, schedule)
 

@@ -38,8 +38,7 @@ class UseLinears(Pass):
         if node.kwargs or not _static(right) or not all(isinstance(b, fx.Node) and _is_vector(b) for b in bias):
             return False
         with gm.graph.inserting_before(node):
-            weight = gm.graph.call_function(aten.permute.default, (right, [1, 0]))
-            weight.meta = {"val": right.meta["val"].t()}
+            weight = _transposed(gm, right)
             linear = gm.graph.call_function(aten.linear.default, (left, weight, *bias))
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)
@@ -66,6 +65,20 @@ class UseLinears(Pass):
                 user.replace_input_with(node, constant)
         gm.graph.eliminate_dead_code()
         return bool(folded)
+
+
+def _transposed(gm: fx.GraphModule, right: fx.Node) -> fx.Node:
+    """The transpose of a matrix; of one that was transposed, and perhaps cut in columns, what it was made from."""
+    operand = right.args[0] if right.args else None
+    if right.target is aten.permute.default and isinstance(operand, fx.Node):
+        return operand
+    if right.target is aten.slice.Tensor and isinstance(operand, fx.Node) and right.args[1:2] == (1,):
+        rows = gm.graph.call_function(aten.slice.Tensor, (_transposed(gm, operand), 0, *right.args[2:]))
+        rows.meta = {"val": right.meta["val"].t()}
+        return rows
+    weight = gm.graph.call_function(aten.permute.default, (right, [1, 0]))
+    weight.meta = {"val": right.meta["val"].t()}
+    return weight
 
 
 def _static(node: fx.Node) -> bool:

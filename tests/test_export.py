@@ -163,18 +163,6 @@ def test_one_graph_a_step_needs_no_numbers(model: nn.Module, plan: Plan, bundle:
         assert distance(runner(*call), same(*call)) < 1e-5
 
 
-def test_half_precision_stays_within_its_tolerance(tmp_path: Path) -> None:
-    model = toy(1).half()
-    x, t, y = toy_inputs()
-    plan = plan_by_hand(model, names_of(model, x.half(), t.half(), y), "Fr", timesteps(2))
-    omnifx.export(model, (x.half(), t.half(), y), plan, tmp_path / "b", progress=False)
-
-    runner = omnifx.load_bundle(tmp_path / "b")
-
-    assert runner.dtype is torch.float16
-    assert runner.check() < 1e-2
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
