@@ -141,7 +141,9 @@ def _by_export(model: nn.Module, arguments: dict[str, Any], accepted: tuple[str,
     return _captured(model, program, arguments, accepted, model(**arguments))
 
 
-def _captured(model: nn.Module, program: Any, arguments: dict[str, Any], accepted: list[str], eager: Any) -> Captured:
+def _captured(
+    model: nn.Module, program: Any, arguments: dict[str, Any], accepted: tuple[str, ...], eager: Any
+) -> Captured:
     gm: fx.GraphModule = program.graph_module
     signature = program.graph_signature
     if changed := [spec for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]:

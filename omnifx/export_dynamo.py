@@ -14,7 +14,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch.utils import _pytree as pytree
 
 from omnifx.errors import ExportError
-from omnifx.graph import PLAIN_NAME
+from omnifx.graph import PLAIN_NAME, output_of
 from omnifx.passes.use_attention import UseAttention
 
 
@@ -36,9 +36,9 @@ def dynamo_graph(
     graphs: list[fx.GraphModule] = []
     given: list[Sequence[Any]] = []
 
-    def keep(graph: fx.GraphModule, _: Sequence[Any]) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         run = aot_module_simplified(gm, example_inputs, fw_compiler=keep, inference_compiler=keep, decompositions=table)
@@ -55,7 +55,7 @@ def dynamo_graph(
         raise ExportError(f"export: Dynamo captured {type(model).__name__} as {len(graphs)} graphs, expected one.")
     flat = [value for value in pytree.tree_leaves(output) if value is not None]
     gm = graphs[0]
-    if len(gm.graph.output_node().args[0]) != len(flat):
+    if len(output_of(gm).args[0]) != len(flat):  # type: ignore[arg-type]
         raise ExportError(f"export: the graph of {type(model).__name__} also writes to its inputs or buffers.")
     state = _in_order(gm, given[0], model, leaves)
     UseAttention()(gm)

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.bundle import Manifest, file_info
+from omnifx.bundle_loading import open_bundle
 from omnifx.bundle_runner import BundleRunner
-from omnifx.errors import ExportError
+from omnifx.errors import BundleError, ExportError
 from omnifx.export_capture import TOLERANCE
 from omnifx.export_graphs import Graph
 from omnifx.export_schedule import Schedule
@@ -77,14 +78,15 @@ def _compare(folder: Path, manifest: Manifest) -> None:
         import onnxruntime
     except ImportError:
         return
-    from omnifx.bundle_loading import open_bundle
-
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: nothing is copied
     if manifest.producer.dtype == "float16":  # else they are cast to float32 when the graph is loaded
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     cpu = torch.device("cpu")
-    error = open_bundle(folder, manifest, runtime="onnxruntime", device=cpu, options=options).check()
+    try:
+        error = open_bundle(folder, manifest, runtime="onnxruntime", device=cpu, options=options).check()
+    except BundleError as refusal:
+        raise ExportError(f"export: the bundle does not run, and was not written: {refusal}") from refusal
     allowed = TOLERANCE[getattr(torch, manifest.producer.dtype)]
     if not error <= allowed:
         raise ExportError(

@@ -335,10 +335,10 @@ class ScheduleMaker:
             held = stream.noise.get(int(name))
             return Source(buffer=held) if held is not None else Source(fill=0.0)
         if kind in ("past_output", "past_latents"):
-            age = int(name)
-            if age >= len(stream.history):
+            back = int(name)
+            if back >= len(stream.history):
                 return Source(fill=0.0)
-            return Source(buffer=stream.history[age][kind == "past_latents"])
+            return Source(buffer=stream.history[back][kind == "past_latents"])
         if kind in ("score", "stamp"):
             value = stream.tokens.get(label)
             if kind == "score" and value is None:

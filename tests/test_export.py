@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import omnifx
 from omnifx import export_files, exporter
 from omnifx.backends.weights_file import PAGE
 from omnifx.bundle import MANIFEST, WEIGHTS, Manifest, json_schema
+from omnifx.cli import app
 from omnifx.errors import BundleError, ConfigError, ExportError
 from omnifx.plan import Plan
 from tests.exporting import in_torch, needs_onnx, plan_by_hand, planned
@@ -319,3 +321,46 @@ def test_an_unknown_runtime_is_refused(bundle: Path) -> None:
         omnifx.load_bundle(bundle, runtime="abacus")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_streams must be a number >= 1"):
         omnifx.load_bundle(bundle, max_streams=0)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_and_checks_a_bundle(bundle: Path) -> None:
+    result = CliRunner().invoke(app, ["bundle", str(bundle), "--check"])
+
+    assert result.exit_code == 0, result.output
+    assert "ToyDiT, float32: 4 steps by by hand" in result.output
+    assert "FrFr" in result.output
+    assert "onnxruntime differs from PyTorch by" in result.output
+
+
+def test_the_command_exports_what_a_factory_makes(
+    plan: Plan, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.save(tmp_path / "plan.json")
+    script = "from tests.toys import toy, toy_inputs\ndef make():\n    return toy(2, text=8), toy_inputs(text=8)\n"
+    (tmp_path / "mine.py").write_text(script, encoding="utf-8")
+    seen: dict[str, Any] = {}
+
+    def export(model: nn.Module, example: Any, plan: Path, out: Path, **options: Any) -> Manifest:
+        seen.update(options, model=model, plan=plan, out=out)
+        return Manifest.load(bundle)
+
+    monkeypatch.setattr(exporter, "export", export)
+    command = ["export", f"{tmp_path / 'mine.py'}:make", "--plan", str(tmp_path / "plan.json"), "--out"]
+    result = CliRunner().invoke(
+        app, [*command, str(tmp_path / "b"), "--varying", "text", "--per-step", "--opset", "21"]
+    )
+
+    assert result.exit_code == 0, result.output
+    assert type(seen["model"]).__name__ == "ToyDiT"
+    assert (seen["target"], seen["opset"], seen["per_step"], seen["varying_inputs"]) == ("onnx", 21, True, ["text"])
+    assert seen["same_weights"] is True
+
+
+def test_the_command_says_what_it_refuses(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bundle", str(tmp_path)])
+
+    assert result.exit_code == 2
+    assert "is no bundle: manifest.json cannot be read" in result.output

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import omnifx
 from omnifx.bundle import Manifest
+from omnifx.example_inputs import lively
 from tests.exporting import needs_onnx, plan_by_hand, planned
 from tests.reuse import distance
 from tests.zoo.models import ZOO
@@ -120,9 +121,10 @@ def test_half_precision_stays_within_its_tolerance(tmp_path: Path) -> None:
 
 
 def test_a_bundle_takes_the_transformer_s_place_in_a_pipeline(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    model: Any = ZOO["DiTTransformer2DModel"].make().model.eval()
+    config = {**ZOO["DiTTransformer2DModel"].config, "out_channels": 4}
+    model: Any = lively(DiTTransformer2DModel(**config)).eval()
     make_vae: Any = AutoencoderKL
     vae = make_vae(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1).eval()
     scheduler: Any = DDIMScheduler()
