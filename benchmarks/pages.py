@@ -7,32 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-END = "<!-- end of what was measured -->"
+from omnifx.markdown import END, grid, start_of, with_block
+
+__all__ = ["END", "Figures", "grid", "number", "parser_of", "start_of", "with_block", "write_or_check"]
 
 Figures = dict[str, Any]
-
-
-def start_of(command: str) -> str:
-    """The mark that begins what a command writes."""
-    return f"<!-- measured: {command} -->"
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def with_block(page: str, block: str, command: str) -> str:
-    """A page with what `command` writes replaced, or added at its end; without a block, as it is."""
-    if not block:
-        return page
-    start = start_of(command)
-    own = f"{start}\n{block}\n{END}\n"
-    if start not in page:
-        return f"{page.rstrip()}\n\n{own}"
-    before, rest = page.split(start, 1)
-    return f"{before}{own}{rest.split(END, 1)[1].removeprefix(chr(10))}"
 
 
 def write_or_check(wanted: dict[Path, str], *, check: bool, command: str) -> int:

@@ -37,6 +37,7 @@ from omnifx.policy import policies as known_policies
 from omnifx.policy import resolve
 from omnifx.profile import Profile
 from omnifx.report import MatchReport, tokens_text, unnumbered
+from omnifx.results import Results
 from omnifx.runtime import RuntimePolicy
 
 
@@ -296,6 +297,37 @@ def bundle(
     if check:
         error = omnifx.load_bundle(folder, verify=False).check()
         typer.echo(f"onnxruntime differs from PyTorch by {error:.1e} of an output's norm at most")
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of results, as `omnifx bench` writes them.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with plots, plans and samples: one file, for any browser.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the plots, plans and samples as PNG; made if it is not there.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables into this page of Markdown, between marks of their own.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail if the page of Markdown differs.")
+    ] = False,
+) -> None:
+    """Who is ahead at which share of the compute: a comparison as tables, as a page, or as figures for documents."""
+    from omnifx import reporting
+
+    found = Results.load(results)
+    if check:
+        reporting.check(found, results, html=html, figures=figures, markdown=markdown)
+        return
+    for path in (html, markdown):
+        if path is not None:
+            _check_folder(path)
+    reporting.show(found, _console())
+    for path in reporting.write(found, results, html=html, figures=figures, markdown=markdown):
+        typer.echo(f"wrote {path}")
 
 
 @app.command()

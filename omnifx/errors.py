@@ -25,6 +25,10 @@ class PlanError(OmnifxError, ValueError):
     """A plan file is corrupt, of an unknown format, or does not fit the model it is used with."""
 
 
+class ResultsError(OmnifxError, ValueError):
+    """A folder of results is corrupt, of an unknown format, or inconsistent."""
+
+
 class CacheError(OmnifxError, RuntimeError):
     """The caches would break their budget, or were asked for values they do not hold."""
 

@@ -16,7 +16,7 @@ from omnifx.report import MatchReport, bytes_text, tokens_text
 def page_of(report: MatchReport) -> str:
     """The page, as text. Whatever comes from the model is escaped."""
     kinds = Counter(branch.kind for branch in report.branches)
-    return _template().render(
+    return template("page.html.j2").render(
         report=report,
         version=omnifx.__version__,
         picture=diagram.picture_of(report),
@@ -54,6 +54,21 @@ def percent_text(share: float) -> str:
     return f"{share:.2%}" if share < 0.1 or share > 0.9995 else f"{share:.1%}"
 
 
+@cache
+def template(name: str) -> Template:
+    """A page's template. It escapes all that it is given."""
+    environment = Environment(
+        loader=PackageLoader("omnifx", "."),
+        autoescape=True,  # by default only files whose name ends in .html are
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"bytes": bytes_text, "flops": flops_text, "percent": percent_text}
+    return environment.get_template(name)
+
+
 def _css(kind: str) -> str:
     """A class name for a kind; what is not known has a look of its own."""
     return kind.replace("+", "_") if kind in diagram.LABELS else "other"
@@ -63,16 +78,3 @@ def _clip(name: str, room: float) -> str:
     """A name that fits into so many pixels of 12px monospace: its end says more than its beginning."""
     length = int(room / 7.25)
     return name if len(name) <= length else f"…{name[1 - length :]}"
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("omnifx", "."),
-        autoescape=True,  # by default only files whose name ends in .html are
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": bytes_text, "flops": flops_text, "percent": percent_text}
-    return environment.get_template("page.html.j2")

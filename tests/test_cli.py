@@ -13,6 +13,7 @@ from omnifx.plan import Correction, Plan, PlanStep
 from omnifx.policies.omnicache import OmniCache
 from omnifx.policies.taylorseer import TaylorSeer
 from omnifx.policy import policies
+from tests.compared import compared
 from tests.profiles import make_profile
 
 TINY_DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
@@ -279,6 +280,62 @@ def test_a_model_without_branches_is_an_error_that_says_what_was_seen(tmp_path):
     assert "those that cost FLOPs: 2 convolutions" in told
     assert "none among 1 addition(s) (1 where the operands descend from different inputs)" in told
     assert not (tmp_path / "page.html").exists()
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results_path(tmp_path):
+    results, samples = compared()
+    results.save(tmp_path / "found", samples)
+    return tmp_path / "found"
+
+
+def test_results_are_told_as_tables(results_path):
+    shown = run("report", results_path).stdout
+
+    assert "ahead of every other way at 3 of 3 shares" in shown
+    assert "diffusers FirstBlockCache" in shown
+    assert "refused: cache-dit SCM" in shown
+    assert "wrote" not in shown
+
+
+def test_a_report_is_written_as_page_figures_and_markdown(results_path, tmp_path):
+    page, figures, words = tmp_path / "page.html", tmp_path / "docs" / "figures", tmp_path / "page.md"
+    words.write_text("# Mine\n\nBefore.\n")
+    more = ["--figures", figures, "--markdown", words]
+
+    shown = run("report", results_path / "results.json", "--html", page, *more).stdout
+
+    assert f"wrote {page}" in shown
+    assert page.read_text(encoding="utf-8").count("<img") > 10
+    assert "![Digits: plans](docs/figures/digits-plans.png)" in words.read_text(encoding="utf-8")
+    assert words.read_text(encoding="utf-8").startswith("# Mine\n\nBefore.\n\n<!-- measured: omnifx report Frontier")
+    assert (figures / "digits-plans.png").is_file()
+    run("report", results_path, *more, "--check")
+    words.write_text(words.read_text(encoding="utf-8").replace("44.0", "99.9"))
+    assert "does not hold what" in run("report", results_path, *more, "--check", status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "cannot read nowhere"),
+        (["{}", "--html", "missing/page.html"], "mkdir -p missing"),
+        (["{}", "--html", "."], "could not be written: Is a directory"),
+        (["{}", "--figures", "{}/results.json"], "could not be made"),
+        (["{}", "--markdown", "."], "could not be written: Is a directory"),
+        (["{}", "--check"], "give --markdown FILE"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_one_message(arguments, message, results_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    result = run("report", *(argument.format(results_path) for argument in arguments), status=2)
+
+    assert message in result.stderr
+    assert "Traceback" not in result.output
 
 
 # -- calibrate and plan ------------------------------------------------------------------------------------------------

@@ -1,50 +1,18 @@
-"""The page in a real browser: any Chromium of this machine, driven by playwright; skipped where either is missing."""
-
-import os
-import shutil
-from pathlib import Path
+"""The page of `omnifx explain` in a real browser; skipped where there is none."""
 
 import pytest
 
 from tests.test_page import flux_like, report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = os.environ.get("OMNIFX_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip(
-            f"no Chromium: none of {', '.join(NAMES)} is on the path. On Debian: apt-get install "
-            "chromium-headless-shell; elsewhere set OMNIFX_CHROMIUM to its path."
-        )
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])  # CI runs as root
-        yield chromium
-        chromium.close()
-
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a report's page in a window of some width; whatever the console says must be nothing."""
-    said: list[str] = []
+def opened(open_file, tmp_path):
+    """Opens a report's page in a window of some width."""
 
     def open_page(found, *, width: int, scheme: str = "light"):
-        path: Path = found.save_html(tmp_path / "page.html")
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on(
-            "request", lambda request: said.extend([request.url] * (not request.url.startswith(("file:", "data:"))))
-        )
-        page.goto(path.as_uri())
-        return page
+        return open_file(found.save_html(tmp_path / "page.html"), width=width, scheme=scheme)
 
-    yield open_page
-    assert said == []
+    return open_page
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -6,7 +6,6 @@ that a compiled model is captured once.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +17,22 @@ from examples.digits.data import IMAGE_SIZE
 from examples.digits.models import NULL_CLASS, load_class_tokens
 
 NUM_TRAIN_TIMESTEPS = 1000
+NOISE_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}  # what any scheduler for the DiT is made with
+FLOW_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}  # what any multi-step scheduler for the flow model is made with
 
 Model = Callable[..., Any]  # the calling convention of a diffusers transformer
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
+MakeScheduler = Callable[[int], Any]  # a number of steps -> a scheduler of diffusers, its timesteps set
 
 
 @torch.no_grad()
@@ -31,7 +43,7 @@ def sample_dit(
     labels: Tensor,
     steps: int = 50,
     cfg: float = 1.0,
-    solver: Literal["ddim", "dpmsolver++"] = "ddim",
+    solver: Literal["ddim", "dpmsolver++"] | MakeScheduler = "ddim",
     progress: Progress | None = None,
 ) -> Tensor:
     """Sample the noise-predicting DiT.
@@ -43,7 +55,8 @@ def sample_dit(
         steps: Denoising steps, one call of the model each.
         cfg: Scale of classifier-free guidance; 1 is no guidance and batch B, else a batch is 2B, [uncond; cond]. The
             shipped DiT is made for 1: its null class is too weak for more (2 ruins the samples; see the README).
-        solver: "ddim" (first order, eta 0), or "dpmsolver++" (second order, for a base line with fewer steps).
+        solver: "ddim" (first order, eta 0), "dpmsolver++" (second order, for a base line with fewer steps), or what
+            makes a scheduler for `NOISE_SCHEDULE`.
         progress: Called after every step.
 
     Returns: Images [B, 1, 8, 8] float32 in about [-1, 1].
@@ -51,20 +64,14 @@ def sample_dit(
     """
     _check(seeds, labels, steps)
     make: Any  # the schedulers' constructors are untyped
-    if solver == "ddim":
-        make = partial(DDIMScheduler, clip_sample=True)
-    elif solver == "dpmsolver++":
-        make = partial(DPMSolverMultistepScheduler, solver_order=2)
+    if callable(solver):
+        scheduler = solver(steps)
+    elif solver in ("ddim", "dpmsolver++"):
+        make = DDIMScheduler if solver == "ddim" else DPMSolverMultistepScheduler
+        scheduler = make(**NOISE_SCHEDULE, **({"clip_sample": True} if solver == "ddim" else {"solver_order": 2}))
+        scheduler.set_timesteps(steps)
     else:
-        raise ValueError(f"sample_dit: solver must be 'ddim' or 'dpmsolver++', got {solver!r}.")
-    scheduler = make(
-        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(steps)
+        raise ValueError(f"sample_dit: solver must be 'ddim', 'dpmsolver++' or a function, got {solver!r}.")
     null = torch.full_like(labels, NULL_CLASS)
 
     def denoise(x_BCHW: Tensor, timestep: Tensor) -> Tensor:
@@ -90,7 +97,7 @@ def sample_flow(
     steps: int = 50,
     cfg: float = 2.0,
     two_calls: bool = False,
-    solver: Literal["euler", "dpmsolver++"] = "euler",
+    solver: Literal["euler", "dpmsolver++"] | MakeScheduler = "euler",
     class_tokens: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -104,7 +111,8 @@ def sample_flow(
         cfg: Scale of classifier-free guidance; 1 is no guidance, and one call of batch B.
         two_calls: Guidance as two calls of batch B a step, first unconditional, then conditional (two streams), and not
             as one call of batch 2B, [uncond; cond].
-        solver: "euler" (first order), or "dpmsolver++" (second order, for a base line with fewer steps).
+        solver: "euler" (first order), "dpmsolver++" (second order, for a base line with fewer steps), or what makes a
+            scheduler for `FLOW_SCHEDULE`.
         class_tokens: [11, 4, 64]; None takes the shipped ones.
         progress: Called after every step.
 
@@ -113,21 +121,18 @@ def sample_flow(
     """
     _check(seeds, labels, steps)
     make: Any  # the schedulers' constructors are untyped
-    if solver == "euler":
+    if callable(solver):
+        scheduler = solver(steps)
+    elif solver == "euler":
         make = FlowMatchEulerDiscreteScheduler
         scheduler = make(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))  # without these the last step is 1/1000 long
     elif solver == "dpmsolver++":
         make = DPMSolverMultistepScheduler
-        scheduler = make(
-            num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            solver_order=2,
-        )
+        scheduler = make(**FLOW_SCHEDULE, solver_order=2)
         scheduler.set_timesteps(steps)
     else:
-        raise ValueError(f"sample_flow: solver must be 'euler' or 'dpmsolver++', got {solver!r}.")
+        raise ValueError(f"sample_flow: solver must be 'euler', 'dpmsolver++' or a function, got {solver!r}.")
     tokens = (load_class_tokens() if class_tokens is None else class_tokens).to(labels.device)
     class_states, null_states = tokens[labels], tokens[torch.full_like(labels, NULL_CLASS)]
 

@@ -1,0 +1,557 @@
+"""The frontier of quality over compute: omnifx beside every peer, through its own package, and beside fewer steps.
+
+    python -m benchmarks.frontier [--cases dit-50 flow-20 ...] [--shares .5 .4 .3 .25] [--samples 20] [--sets 5]
+        [--top 6] [--out benchmarks/results/frontier] [--again METHOD ...] [--smoke]
+
+Each rival's settings are tried on tuning seeds (OUT/tuning.json has them all). For each share of compute the `--top`
+methods, each with its best setting there, and the sampler's own solver with fewer steps are reported, on other seeds. A
+rival may take up to `TOLERANCE` more compute than the share; omnifx may not. The default of omnifx has no setting to
+tune: it is asked for the share. What needs a calibration gets one, from a third set of seeds.
+
+Samples are made in batches of one set; peers that decide at run time decide for a batch. Compute is what ran: FLOPs of
+matrix products, convolutions and attention over the uncached ones; calls over steps where nothing else is done. All
+runs are eager, on one thread; for speed see `benchmarks.speed`.
+
+What is measured is kept after each row (OUT/parts), so that a run that was interrupted, or that adds a case, goes on
+where it stopped; several processes may measure different cases. ``--again`` measures a method anew. OUT is a folder for
+`omnifx report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import omnifx
+from benchmarks import frontier_cases as cases
+from benchmarks.frontier_cases import METRICS, Case, Way, labels_of
+from benchmarks.peers import NotHere
+from benchmarks.quality import evenly_spread
+from benchmarks.results import environment
+from omnifx.errors import ConfigError, OmnifxError
+from omnifx.plan import Plan
+from omnifx.policy import policies
+from omnifx.profile import Profile
+from omnifx.results import Case as FoundCase
+from omnifx.results import Results, Row, Timeline, Value
+
+TOLERANCE = 0.025
+"""Share of compute that a rival may take beyond what is asked, so that its grid of settings is no handicap."""
+CALIBRATION_RUNS, CALIBRATION_BATCH = 3, 8
+TUNING_SAMPLES = 20
+KEPT_SAMPLES = 6
+NUM_BANDS = 4
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Which seeds are for what; none has two uses."""
+
+    sets: tuple[range, ...]
+    tuning: range = range(2_000_000, 2_000_000 + TUNING_SAMPLES)
+    calibration: range = range(1_000_000, 1_000_000 + CALIBRATION_RUNS * CALIBRATION_BATCH)
+
+    def __post_init__(self) -> None:
+        taken: set[int] = set()
+        for seeds in (*self.sets, self.tuning, self.calibration):
+            if shared := taken.intersection(seeds):
+                raise ValueError(f"seeds {min(shared)} to {max(shared)} would have two uses.")
+            taken.update(seeds)
+
+    @classmethod
+    def of(cls, sets: int, samples: int) -> Seeds:
+        """So many reported sets of so many samples."""
+        return cls(tuple(range(i * samples, (i + 1) * samples) for i in range(sets)))
+
+    @property
+    def words(self) -> dict[str, str]:
+        """For readers."""
+        report = f"{len(self.sets)} sets of {len(self.sets[0])}: 0 to {self.sets[-1][-1]}"
+        uses = {"tuning of rivals": self.tuning, "calibration": self.calibration}
+        return {"report": report, **{use: f"{seeds[0]} to {seeds[-1]}" for use, seeds in uses.items()}}
+
+
+class Extrapolated:
+    """Skips the network at all but `calls` evenly spread steps, and extrapolates its last outputs in the timestep with
+    the polynomial of their last `order` + 1."""
+
+    def __init__(self, model: Callable[..., Any], steps: int, calls: int, order: int) -> None:
+        self.model, self.steps, self.order = model, steps, order
+        self.computed = evenly_spread(steps, calls)
+        self.step = 0
+        self.known: list[tuple[float, Tensor]] = []
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor]:
+        now = float(inputs["timestep"].flatten()[0])
+        if self.step == 0:
+            self.known = []
+        if self.step in self.computed:
+            self.known = [(now, self.model(**inputs)[0]), *self.known[: self.order]]
+        self.step = (self.step + 1) % self.steps
+        total = torch.zeros_like(self.known[0][1])
+        for i, (time, output) in enumerate(self.known):
+            others = [other for j, (other, _) in enumerate(self.known) if j != i]
+            total += math.prod((now - other) / (time - other) for other in others) * output
+        return (total,)
+
+
+class Watched:
+    """A model, and the latents that each of its calls got."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self.model = model
+        self.latents: list[Tensor] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.latents.append(inputs["hidden_states"].clone())
+        return self.model(**inputs)
+
+
+@dataclass
+class Run:
+    """A way made ready: what is called, with which arguments of the sampler, and what it cost."""
+
+    model: Any
+    steps: int
+    more: dict[str, Any] = field(default_factory=dict)
+    compute: float | None = None
+    """Where it is known beforehand; else it is counted, or read from the plan's log."""
+    plan: Plan | None = None
+
+
+class Bench:
+    """One case: makes ways ready, runs them, and judges their samples.
+
+    Args:
+        case: What is sampled.
+        seeds: Which seeds are for what.
+        computes: What was counted before: (method, setting) -> share of compute.
+    """
+
+    def __init__(self, case: Case, seeds: Seeds, computes: Mapping[tuple[str, str], float]) -> None:
+        self.case, self.seeds = case, seeds
+        self.plain = case.load()
+        self._profiles: dict[str, Profile] = {}
+        self._uncached: dict[range, Tensor] = {}
+        self._ratios: dict[str, Sequence[float]] = {}
+        self.computes = computes
+        self._flops = self._flops_of(self.plain, seeds.tuning, {}, case.steps)[1]
+
+    def ready(self, way: Way) -> Run:
+        """Attach, compile, or only say how to sample. Raises NotHere or ConfigError if the way cannot be gone here."""
+        steps = self.case.steps
+        if way.peer is not None:
+            peer = way.peer()
+            if hasattr(peer, "ratios"):
+                peer.ratios = self._ratios.get(peer.name, ())
+            model = peer.attach(self.case.load(), steps, lambda given: self._sample(given, self.seeds.calibration[:8]))
+            if hasattr(peer, "ratios"):
+                self._ratios[peer.name] = peer.ratios
+            return Run(model, steps, compute=self.computes.get((way.method, way.setting)) if peer.static else None)
+        if way.policy:
+            return self._compiled(way)
+        calls = way.calls
+        assert calls is not None  # all others
+        if way.method.startswith("output"):
+            return Run(Extrapolated(self.plain, steps, calls, way.order), steps, compute=calls / steps)
+        more = {} if way.solver is None else {"solver": way.solver}
+        return Run(self.plain, calls, more, compute=calls / steps)
+
+    def run(self, ready: Run, seeds: range) -> tuple[Tensor, float]:
+        """Samples of some seeds, and the share of compute they took."""
+        if ready.compute is None and ready.plan is None:
+            samples, flops = self._flops_of(ready.model, seeds, ready.more, ready.steps)
+            return samples, flops / self._flops / (len(seeds) / len(self.seeds.tuning))
+        samples = self._sample(ready.model, seeds, steps=ready.steps, **ready.more)
+        if ready.compute is not None:
+            return samples, ready.compute
+        log = omnifx.stats(ready.model).generations[-1]
+        if log.reasons:
+            raise RuntimeError(f"unplanned full steps: {log.reasons}")
+        return samples, sum(step.spent for step in log.steps) / sum(step.whole for step in log.steps)
+
+    def uncached(self, seeds: range) -> Tensor:
+        """The samples that all are compared with."""
+        if seeds not in self._uncached:
+            self._uncached[seeds] = self._sample(self.plain, seeds)
+        return self._uncached[seeds]
+
+    def judge(self, samples: Tensor, seeds: range) -> dict[str, float]:
+        """The metrics of some samples."""
+        return self.case.judge(samples, self.uncached(seeds), labels_of(len(seeds)))
+
+    def drift(self, ready: Run, seeds: range) -> tuple[float, ...]:
+        """How far the latents behind each step are from the uncached ones; empty for another solver or step count."""
+        if ready.more or ready.steps != self.case.steps:
+            return ()
+        found = []
+        for model in (self.plain, ready.model):
+            watched = Watched(model)
+            end = self._sample(watched, seeds)
+            found.append([*watched.latents[1:], end])
+        return tuple(float((b - a).norm() / a.norm()) for a, b in zip(*found, strict=True))
+
+    def _compiled(self, way: Way) -> Run:
+        policy = policies()[way.policy](**way.options)
+        key = f"{policy.measures} {policy.measured_lags} {policy.prior}"
+        if key not in self._profiles:
+            torch._dynamo.reset()
+            self._profiles[key] = self._calibrate(way.policy)
+        profile = self._profiles[key]
+        plan = omnifx.make_plan(profile, policy=policy, speedup=way.speedup)
+        options = {"policy": policy, "profile": profile, "plan": plan, "profile_cache": False, "lowering": "eager"}
+        torch._dynamo.reset()
+        compiled = torch.compile(self.case.load(), backend="omnicache", options=options)
+        return Run(compiled, self.case.steps, plan=plan)
+
+    def _calibrate(self, policy: str) -> Profile:
+        def generate(model: Any, run: int) -> Tensor:
+            return self._sample(model, self.seeds.calibration[run * CALIBRATION_BATCH :][:CALIBRATION_BATCH])
+
+        options = {"lowering": "eager"}
+        return omnifx.calibrate(
+            self.case.load(), generate, policy=policy, runs=CALIBRATION_RUNS, options=options, progress=False
+        )
+
+    def _sample(self, model: Any, seeds: Sequence[int], **more: Any) -> Tensor:
+        given = {"seeds": seeds, "labels": labels_of(len(seeds)), "steps": self.case.steps, **more}
+        return self.case.sample(model, **given)
+
+    def _flops_of(self, model: Any, seeds: range, more: Mapping[str, Any], steps: int) -> tuple[Tensor, float]:
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            samples = self._sample(model, seeds, steps=steps, **more)
+        return samples, float(counter.get_total_flops())
+
+
+@dataclass
+class Part:
+    """What is known of one case, on disk after every change."""
+
+    folder: Path
+    name: str
+    conditions: dict[str, Any]
+    tuned: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path, name: str, conditions: dict[str, Any], again: Iterable[str] = ()) -> Part:
+        """What an earlier run left, if it was measured under the same conditions; without the methods in `again`."""
+        part = cls(folder, name, conditions)
+        path, drop = folder / f"{name}.json", set(again)
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["conditions"] != conditions:
+                raise SystemExit(
+                    f"frontier: {path} was measured under other conditions: {known['conditions']}, now {conditions}. "
+                    "Name another --out, or remove it."
+                )
+            part.tuned = [entry for entry in known["tuned"] if entry["method"] not in drop]
+            part.rows = [Row.model_validate(row) for row in known["rows"] if row["method"] not in drop]
+            part.refused = {method: why for method, why in known["refused"].items() if method not in drop}
+        if (tensors := folder / f"{name}.safetensors").exists():
+            part.samples = load_file(tensors)
+        return part
+
+    @property
+    def computes(self) -> dict[tuple[str, str], float]:
+        """The share of compute of every setting that was tuned."""
+        found = ((entry["method"], entry["setting"], entry["compute"]) for entry in self.tuned)
+        return {(method, setting): compute for method, setting, compute in found if compute is not None}
+
+    def save(self) -> None:
+        """Write it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {row.samples for row in self.rows}
+        self.samples = {key: value for key, value in self.samples.items() if key in kept}
+        if self.samples:
+            save_file(self.samples, self.folder / f"{self.name}.safetensors")
+        whole = {
+            "conditions": self.conditions,
+            "tuned": self.tuned,
+            "refused": self.refused,
+            "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in self.rows],
+        }
+        path = self.folder / f"{self.name}.json"
+        path.with_suffix(".new").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+
+    def found(self, case: Case, seeds: Seeds) -> FoundCase:
+        """As `omnifx report` takes it."""
+        order = {"uncached": 0, "ours": 1, "policy": 2, "peer": 3, "solver": 4}
+        rows = sorted(self.rows, key=lambda row: (order[row.family], row.method, -row.compute))
+        return FoundCase(
+            name=case.name,
+            title=case.title,
+            model=type(case.load()).__name__,
+            sampler=case.sampler,
+            steps=case.steps,
+            seeds=seeds.words,
+            rows=tuple(rows),
+            refused=self.refused,
+        )
+
+
+def bands(samples: Tensor, uncached: Tensor) -> tuple[float, ...]:
+    """Root of the error's energy over the uncached samples', in equal bands of spatial frequency, lowest first."""
+    height, width = samples.shape[-2:]
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]
+    radius = (rows.square() + columns.square()).sqrt() / 0.5
+    number = (radius * NUM_BANDS).long().clamp(max=NUM_BANDS - 1)
+    error, whole = (torch.fft.fft2(x.double()).abs().square() for x in (samples - uncached, uncached))
+    return tuple(
+        float((error[..., number == i].sum() / whole[..., number == i].sum()).sqrt()) for i in range(NUM_BANDS)
+    )
+
+
+def tune(bench: Bench, part: Part, ways: Sequence[Way], tick: Callable[[str], None]) -> None:
+    """Try every rival's setting on the tuning seeds, unless it is known."""
+    known = {(entry["method"], entry["setting"]) for entry in part.tuned}
+    for way in ways:
+        tick(f"tuning {way.method}")
+        if (way.method, way.setting) in known:
+            continue
+        try:
+            samples, compute = bench.run(bench.ready(way), bench.seeds.tuning)
+            psnr = bench.judge(samples, bench.seeds.tuning)["psnr"]
+        except (NotHere, OmnifxError) as error:
+            psnr, compute = None, None
+            part.refused.setdefault(way.method, str(error).splitlines()[0])
+        except Exception as error:
+            if way.peer is None:
+                raise
+            psnr, compute = None, None
+            part.refused.setdefault(way.method, f"{type(error).__name__}: {str(error).splitlines()[:1]}")
+        if psnr is not None and not math.isfinite(psnr):
+            psnr = None  # it changed nothing
+        part.tuned.append({"method": way.method, "setting": way.setting, "compute": compute, "psnr": psnr})
+        part.save()
+    worked = {entry["method"] for entry in part.tuned if entry["psnr"] is not None}
+    part.refused = {method: why for method, why in part.refused.items() if method not in worked}
+
+
+def chosen(part: Part, ways: Sequence[Way], share: float, top: int) -> list[Way]:
+    """The `top` methods for about this share of compute, each with the setting that has the best PSNR on the tuning
+    seeds, and the sampler's own solver with fewer steps."""
+    known = {(entry["method"], entry["setting"]): entry for entry in part.tuned}
+    best: dict[str, tuple[float, Way]] = {}
+    for way in ways:
+        entry = known[way.method, way.setting]
+        if entry["psnr"] is None or entry["compute"] > share + TOLERANCE:
+            continue
+        if way.method not in best or entry["psnr"] > best[way.method][0]:
+            best[way.method] = (entry["psnr"], way)
+    ranked = [way for _, way in sorted(best.values(), key=lambda pair: pair[0], reverse=True)]
+    return ranked[:top] + [
+        way for way in ranked[top:] if way.calls is not None and way.solver is None and not way.order
+    ]
+
+
+def report(bench: Bench, part: Part, way: Way, share: float) -> Row:
+    """Measure a way on all sets of reported seeds."""
+    ready = bench.ready(way)
+    found: list[dict[str, float]] = []
+    computes, first = [], bench.seeds.sets[0]
+    key, spectrum = "", ()
+    for seeds in bench.seeds.sets:
+        samples, compute = bench.run(ready, seeds)
+        found.append(bench.judge(samples, seeds))
+        computes.append(compute)
+        if seeds is first:
+            key = omnifx.results.name_of(f"{way.method} {way.setting}")
+            part.samples[key] = samples[:KEPT_SAMPLES].contiguous()
+            spectrum = bands(samples, bench.uncached(first))
+    metrics = {
+        metric.name: Value.of(one[metric.name] for one in found) for metric in METRICS if metric.name in found[0]
+    }
+    return Row(
+        method=way.method,
+        family=way.family,
+        setting=way.setting,
+        compute=sum(computes) / len(computes),
+        target=share,
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        drift=bench.drift(ready, first),
+        bands=spectrum,
+        timeline=None if ready.plan is None else timeline_of(ready.plan),
+        samples=key,
+    )
+
+
+def timeline_of(plan: Plan) -> Timeline:
+    """A plan's steps and notes."""
+    return Timeline(steps=plan.timeline().splitlines()[1], timesteps=plan.timesteps, notes=plan.notes)
+
+
+def uncached_row(bench: Bench, part: Part) -> Row:
+    """The guards of the uncached samples themselves."""
+    found = [bench.judge(bench.uncached(seeds), seeds) for seeds in bench.seeds.sets]
+    metrics = {metric.name: Value.of(one[metric.name] for one in found) for metric in METRICS if metric.guard}
+    part.samples["uncached"] = bench.uncached(bench.seeds.sets[0])[:KEPT_SAMPLES].contiguous()
+    return Row(
+        method="uncached",
+        family="uncached",
+        setting=f"{bench.case.steps} steps",
+        compute=1.0,
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        samples="uncached",
+    )
+
+
+def measure(
+    case: Case,
+    part: Part,
+    seeds: Seeds,
+    *,
+    shares: Sequence[float],
+    top: int,
+    only: Sequence[str],
+    bars: Progress,
+) -> None:
+    """All rows of a case that are not known yet."""
+    bench = Bench(case, seeds, part.computes)
+    wanted = [way for way in cases.rivals(case, shares) if not only or way.method in only]
+    mine = [way for way in cases.ours(shares) if not only or way.method in only]
+    bar = bars.add_task(case.name, total=len(wanted))
+
+    def tick(label: str) -> None:
+        bars.update(bar, description=f"{case.name}: {label}", advance=1)
+
+    if not any(row.family == "uncached" for row in part.rows):
+        part.rows.append(uncached_row(bench, part))
+        part.save()
+    tune(bench, part, wanted, tick)
+    bench.computes = part.computes
+    todo = [(way, share) for share in shares for way in chosen(part, wanted, share, top)]
+    todo += [(way, share) for way in mine for share in shares if math.isclose(way.speedup or 0.0, 1.0 / share)]
+    bars.update(bar, total=len(todo), completed=0)
+    for way, share in todo:
+        tick(f"{way.method}, {way.setting}")
+        same = [row for row in part.rows if (row.method, row.setting) == (way.method, way.setting)]
+        if any(row.target == share for row in same):
+            continue
+        try:
+            row = same[0].model_copy(update={"target": share}) if same else report(bench, part, way, share)
+        except ConfigError as error:
+            part.refused[f"{way.method}, {way.setting}"] = str(error)
+            continue
+        part.rows.append(row)
+        part.save()
+    bars.remove_task(bar)
+
+
+def verdicts(found: FoundCase, shares: Sequence[float]) -> list[dict[str, Any]]:
+    """For each share: omnifx, the best rival, and the difference."""
+    rows = []
+    for share in shares:
+        at = [row for row in found.rows if row.target == share and "psnr" in row.metrics]
+        own = next((row for row in at if row.method == "omnifx"), None)
+        others = [row for row in at if row.family != "ours"]
+        if own is None or not others:
+            continue
+        best = max(others, key=lambda row: row.metrics["psnr"].mean)
+        mine, theirs = own.metrics["psnr"], best.metrics["psnr"]
+        rows.append(
+            {
+                "share": share,
+                "omnifx dB": mine.mean,
+                "spread": mine.spread or 0.0,
+                "compute": own.compute,
+                "best rival": f"{best.method} ({best.setting})",
+                "its compute": best.compute,
+                "its dB": theirs.mean,
+                "its spread": theirs.spread or 0.0,
+                "ahead dB": mine.mean - theirs.mean,
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> Results:
+    """Measure, write the folder, and print who is ahead."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=list(cases.CASES), help="default: all; nothing: only write OUT")
+    parser.add_argument("--methods", nargs="+", default=[], help="measure only these; default: all")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.4, 0.3, 0.25])
+    parser.add_argument("--top", type=int, default=6, help="rivals that are reported for each share")
+    parser.add_argument("--samples", type=int, default=20, help="of one set")
+    parser.add_argument("--sets", type=int, default=5, help="sets of seeds, for the spread")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frontier"))
+    parser.add_argument("--again", nargs="+", default=[], help="methods to measure anew")
+    parser.add_argument("--smoke", action="store_true", help="flow-20 with a few methods, 4 samples: half a minute")
+    args = parser.parse_args(arguments)
+    if args.smoke:
+        args.cases, args.shares, args.samples, args.sets = ["flow-20"], [0.5], 4, 2
+        args.methods = args.methods or ["omnifx", "fewer steps: Euler, 1st order", "diffusers FirstBlockCache"]
+    if args.samples < 2 or args.sets < 1 or not all(0.0 < share < 1.0 for share in args.shares):
+        parser.error("--samples must be >= 2, --sets >= 1, and --shares in (0, 1)")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    seeds = Seeds.of(args.sets, args.samples)
+    conditions = {"samples": args.samples, "sets": args.sets, "shares": args.shares}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars,
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
+        for name in cases.CASES if args.cases is None else args.cases:
+            part = Part.load(args.out / "parts", name, conditions, args.again)
+            measure(cases.CASES[name], part, seeds, shares=args.shares, top=args.top, only=args.methods, bars=bars)
+    return write(args.out, seeds, conditions)
+
+
+def write(out: Path, seeds: Seeds, conditions: dict[str, Any]) -> Results:
+    """Join all parts into a folder for `omnifx report`, and print who is ahead."""
+    parts = {
+        name: Part.load(out / "parts", name, conditions)
+        for name in cases.CASES
+        if (out / "parts" / f"{name}.json").exists()
+    }
+    found = Results(
+        title="omnifx beside its peers and fewer steps",
+        environment={**environment(), **_packages()},
+        metrics=METRICS,
+        cases=tuple(part.found(cases.CASES[name], seeds) for name, part in parts.items()),
+    )
+    path = found.save(out, {name: part.samples for name, part in parts.items() if part.samples})
+    tuned = {name: part.tuned for name, part in parts.items()}
+    (out / "tuning.json").write_text(json.dumps(tuned, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    from benchmarks.results import table
+
+    for case in found.cases:
+        if rows := verdicts(case, conditions["shares"]):
+            table(rows, case.title)
+    return found
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_rest: Any, **_more: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # torch counts those of CUDA only
+
+
+def _packages() -> dict[str, str]:
+    import importlib.metadata
+
+    try:
+        return {"cache-dit": importlib.metadata.version("cache-dit")}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+
+
+if __name__ == "__main__":
+    main()
