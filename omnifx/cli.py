@@ -231,7 +231,7 @@ def plan(
 @app.command()
 def export(
     target_model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="module:factory or file.py:factory returning (model, kwargs).")
+        str, typer.Argument(metavar="MODEL", help="module:factory or file.py:factory returning (model, arguments).")
     ],
     plan: Annotated[Path, typer.Option(help="What `omnifx plan --out` wrote for this model, at this size.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must be new, or empty.")],
@@ -256,16 +256,15 @@ def export(
 ) -> None:
     """Write a model with its plan as a bundle: static graphs and a schedule, for runtimes without PyTorch.
 
-    `kwargs` are one call's arguments; their shapes and types are those that the bundle will take.
+    `arguments` are those of one call, by name or in order; their shapes and types are those that the bundle will take.
     """
     from omnifx.exporter import export as write
 
     made = _load_object(target_model)()
-    if not (
-        isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping)
-    ):
+    pair = isinstance(made, tuple) and len(made) == 2
+    if not (pair and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping | tuple | list)):
         raise ConfigError(
-            f"export: {target_model}() returned {_described(made)}, expected (model, kwargs of one call)."
+            f"export: {target_model}() returned {_described(made)}, expected (model, a call's arguments)."
         )
     manifest = write(
         made[0],
