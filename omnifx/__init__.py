@@ -8,9 +8,20 @@ measure or decide more.
 __version__ = "0.1.0"
 
 from omnifx.backend import omnicache
+from omnifx.bundle_loading import load_bundle
 from omnifx.calibration import calibrate, make_plan
-from omnifx.errors import ConfigError, MatchError, OmnifxError, OmnifxWarning, PlanError, ProfileError
+from omnifx.errors import (
+    BundleError,
+    ConfigError,
+    ExportError,
+    MatchError,
+    OmnifxError,
+    OmnifxWarning,
+    PlanError,
+    ProfileError,
+)
 from omnifx.explainer import explain
+from omnifx.exporter import export
 from omnifx.plan import Plan
 from omnifx.policy import Policy
 from omnifx.profile import Profile
@@ -19,7 +30,9 @@ from omnifx.runlog import Stats
 from omnifx.session import generation, plans, stats
 
 __all__ = [
+    "BundleError",
     "ConfigError",
+    "ExportError",
     "MatchError",
     "MatchReport",
     "OmnifxError",
@@ -33,7 +46,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "explain",
+    "export",
     "generation",
+    "load_bundle",
     "make_plan",
     "omnicache",
     "plans",

@@ -30,6 +30,7 @@ from typer.core import TyperGroup
 import omnifx
 from omnifx import cli_bench
 from omnifx import demo as demos
+from omnifx.bundle import Manifest, contents
 from omnifx.errors import ConfigError, OmnifxError
 from omnifx.example_inputs import build_model, example_inputs
 from omnifx.plan import REUSE, Plan
@@ -257,6 +258,76 @@ def plan(
     made = omnifx.make_plan(measured, policy=policy, speedup=speedup, min_psnr=min_psnr, target_ms=target_ms)
     typer.echo(str(made))
     _write_plan(made, measured, out, picture)
+
+
+@app.command()
+def export(
+    target_model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="module:factory or file.py:factory returning (model, arguments).")
+    ],
+    plan: Annotated[Path, typer.Option(help="What `omnifx plan --out` wrote for this model, at this size.")],
+    out: Annotated[Path, typer.Option(help="The bundle's folder; it must be new, or empty.")],
+    target: Annotated[str, typer.Option(help="onnx: files for onnxruntime and for builders of engines.")] = "onnx",
+    profile: Annotated[
+        Path | None, typer.Option(help="What the plan was made from; needed where it follows trends (eoc).")
+    ] = None,
+    timestep: Annotated[
+        str | None, typer.Option(help="The argument that holds the timestep, if that is unclear.")
+    ] = None,
+    varying: Annotated[
+        list[str] | None, typer.Option(help="An argument that changes from step to step, beside the latents.")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="Of ONNX; from 23 on attention is one operator.")] = 20,
+    per_step: Annotated[
+        bool, typer.Option("--per-step", help="A graph for each step, with its numbers inside.")
+    ] = False,
+    same_weights: Annotated[
+        bool, typer.Option("--same-weights/--any-weights", help="Whether the plan must be of these very weights.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+) -> None:
+    """Write a model with its plan as a bundle: static graphs and a schedule, for runtimes without PyTorch.
+
+    `arguments` are those of one call, by name or in order; their shapes and types are those that the bundle will take.
+    """
+    from omnifx.exporter import export as write
+
+    made = _load_object(target_model)()
+    pair = isinstance(made, tuple) and len(made) == 2
+    if not (pair and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping | tuple | list)):
+        raise ConfigError(
+            f"export: {target_model}() returned {_described(made)}, expected (model, a call's arguments)."
+        )
+    manifest = write(
+        made[0],
+        made[1],
+        plan,
+        out,
+        target=cast(Any, target),
+        profile=profile,
+        timestep=timestep,
+        varying_inputs=varying or (),
+        opset=opset,
+        per_step=per_step,
+        same_weights=same_weights,
+        overwrite=overwrite,
+    )
+    typer.echo(contents(manifest))
+    typer.echo(f"wrote {out}; next: omnifx bundle {out} --check")
+
+
+@app.command()
+def bundle(
+    folder: Annotated[Path, typer.Argument(help="What `omnifx export` wrote.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run its first steps in onnxruntime, and compare with what PyTorch gave.")
+    ] = False,
+) -> None:
+    """What a bundle holds; its files are looked at and hashed."""
+    typer.echo(contents(Manifest.load(folder)))
+    if check:
+        error = omnifx.load_bundle(folder, verify=False).check()
+        typer.echo(f"onnxruntime differs from PyTorch by {error:.1e} of an output's norm at most")
 
 
 @app.command()

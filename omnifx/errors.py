@@ -37,5 +37,13 @@ class WholeError(OmnifxError, RuntimeError):
     """A module that was kept whole in a graph gave something else than what was seen of it."""
 
 
+class ExportError(OmnifxError, RuntimeError):
+    """A model, plan or target cannot be exported, or what was exported differs from the model."""
+
+
+class BundleError(OmnifxError, RuntimeError):
+    """A bundle is incomplete, altered or of an unknown format, or is called for what it was not made for."""
+
+
 class OmnifxWarning(UserWarning):
     """Something the user should know: the result is right, but less was reused than asked for."""

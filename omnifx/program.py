@@ -175,7 +175,7 @@ class Program:
     def combines(self) -> Combinable:
         """Whether the output can be a combination of older ones, and whether moves of the latents can be added."""
         found = combinable(self.gm, self.names)
-        if not found.reason and not self.sizes.tell(self._output_value(found.output)):
+        if not found.reason and not self.sizes.tell(self.output_value(found.output)):
             return Combinable(reason="the size of the output depends on values")
         return found
 
@@ -186,10 +186,11 @@ class Program:
         found, latents = self.combines, self.analysis.inputs.latents
         if found.reason or latents is None:
             return ()
-        output = self._output_value(found.output)
+        output = self.output_value(found.output)
         return (output,) if found.latents_reason else (output, self.inputs[latents])
 
-    def _output_value(self, position: int) -> Tensor:
+    def output_value(self, position: int) -> Tensor:
+        """The fake value of one of the outputs."""
         value: Tensor = output_of(self.gm).args[0][position].meta["val"]  # type: ignore[index,union-attr]
         return value
 

@@ -841,6 +841,12 @@ def weights_hash(values: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of(model: nn.Module, branches: Sequence[str]) -> str:
+    """What profiles and plans of a model are known by: its class, its weights (sampled), its branches."""
+    values = [*model.parameters(), *model.buffers()]
+    return _hash(type(model).__name__, weights_hash(values), *branches)
+
+
 def versions() -> dict[str, str]:
     """Versions of what a measurement depends on."""
     from omnifx import __version__

@@ -134,8 +134,13 @@ class VariantSpec:
         return "+".join([base, *(span.name for span in self.reads_spans), *extras])
 
 
-def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: bool = True) -> tuple[Pass, ...]:
-    """The passes that turn the captured graph (analysed by `FindBranches`) into the variant `spec`."""
+def pipeline(
+    spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: bool = True, folds: tuple[Pass, ...] = ()
+) -> tuple[Pass, ...]:
+    """The passes that turn the captured graph (analysed by `FindBranches`) into the variant `spec`.
+
+    `folds` are what an export does of its own: they take out of every variant what is known before a step.
+    """
     passes: list[Pass] = []
     if spec.measures:
         passes.append(MeasureNoise(branches=spec.branches))
@@ -168,6 +173,7 @@ def pipeline(spec: VariantSpec, grids: tuple[tuple[int, Grid], ...], *, hoists: 
         passes.append(Eliminate())
     if spec.selection is not None and spec.computed:  # after Eliminate: attentions that are gone tell nothing
         passes.append(ScoreTokens(branches=spec.branches, selection=spec.selection))
+    passes += folds  # before NarrowLinears: what is taken out has the same name in every variant
     if spec.cached or spec.partial:
         passes.append(NarrowLinears())  # after Eliminate: only then is it known which columns nothing uses
     if (spec.cached or spec.partial) and hoists:

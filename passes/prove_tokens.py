@@ -410,7 +410,7 @@ def _item(node: fx.Node, layout: Layout) -> list[Demand]:
 _FUSED = {
     aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention,
-    aten._scaled_dot_product_fused_attention_overrideable,
+    aten._scaled_dot_product_fused_attention_overrideable, aten.scaled_dot_product_attention,
 }  # fmt: skip
 _VIEWS = {aten.view, aten._unsafe_view, aten.reshape}
 _ELEMENTWISE = {aten.clone, aten._to_copy, aten.alias, aten.detach, torch.ops.prims.convert_element_type}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omnifx.errors import PassError
 from omnifx.graph import CONDITIONS, EXTRA_INPUTS, EXTRA_OUTPUTS, branches_of, clone, graph_text, total_flops
 from omnifx.passes.eliminate import Eliminate
-from omnifx.passes.hoist_conditions import HoistConditions
+from omnifx.passes.hoist_conditions import HoistConditions, hoisted_key
 from omnifx.passes.narrow_linears import NarrowLinears
 from omnifx.passes.read_cuts import ReadCuts
 from tests.toys import TINY, Traced, noise, toy, toy_inputs, trace
@@ -150,3 +150,46 @@ def test_a_graph_that_reads_other_conditions_than_promised_is_refused() -> None:
 
     with pytest.raises(PassError, match=r"reads .*condition:other.*, but the conditions' graph returns"):
         HoistConditions().ensures(traced.gm)
+
+
+class Mixed(nn.Module):
+    """x * both(time(t) + text(c)): of an export's two kinds of knowledge, each alone and both together."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.time, self.text, self.both = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        alone = self.time(t[:, None] * torch.ones(1, 16)) + self.text(c)
+        return x * self.both(alone)[:, None]
+
+
+def test_an_export_hoists_by_inputs_and_then_what_rests_on_both() -> None:
+    given = (noise(2, 40, 16), torch.tensor([3.0, 4.0]), noise(2, 16))
+    traced = trace(Mixed(), *given)
+    split = clone(traced.gm)
+    shapes = {tuple(n.meta["val"].shape): n.name for n in split.graph.nodes if n.op == "placeholder"}
+    t, c = shapes[(2,)], shapes[(2, 16)]
+
+    assert HoistConditions(inputs=(t,), kind="timestep", always=True)(split)
+    assert HoistConditions(inputs=(c,), kind="invariant", always=True)(split)
+    hoisted = [node.name for node in split.graph.nodes if node.name.startswith(("timestep_", "invariant_"))]
+    assert HoistConditions(inputs=(t, c, *hoisted), kind="condition", always=True)(split) is True
+
+    kinds = [label.partition(":")[0] for label in split.meta[EXTRA_INPUTS]]
+    assert kinds[-1] == "condition"
+    both = split.meta[hoisted_key("condition")]
+    assert [label.partition(":")[0] for label in both.meta[EXTRA_INPUTS]] == ["timestep", "invariant"]
+    time, text = (traced.run(split.meta[hoisted_key(kind)]) for kind in ("timestep", "invariant"))
+    conditions = traced.run(both, extra=[*time, *text])
+    Eliminate()(split)
+    assert split.meta[EXTRA_INPUTS] == both.meta[EXTRA_OUTPUTS]
+    assert torch.equal(traced.run(split, extra=conditions)[0], traced.run()[0])
+
+
+def test_an_export_may_hoist_what_is_larger_than_its_weights() -> None:
+    traced = trace(Gated(), noise(200, 2, 16), torch.arange(200.0))
+    node = next(n for n in traced.gm.graph.nodes if n.op == "placeholder" and tuple(n.meta["val"].shape) == (200,))
+
+    assert not HoistConditions(inputs=(node.name,), kind="timestep")(clone(traced.gm))
+    assert HoistConditions(inputs=(node.name,), kind="timestep", always=True)(clone(traced.gm))

@@ -1,0 +1,67 @@
+"""Load a bundle: look at its files, open a runtime on them, and give a runner in the model's place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from omnifx.backends.onnxruntime import OnnxRuntime
+from omnifx.bundle import Manifest
+from omnifx.bundle_runner import MOST_STREAMS, BundleRunner, read_constants
+from omnifx.errors import ConfigError
+
+Runtime = Literal["onnxruntime"]
+
+
+def load_bundle(
+    directory: str | Path,
+    *,
+    runtime: Runtime = "onnxruntime",
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+    max_streams: int = MOST_STREAMS,
+    **options: Any,
+) -> BundleRunner:
+    """Load an exported bundle; the result is called as the model was.
+
+    Args:
+        directory: What `omnifx.export` wrote.
+        runtime: "onnxruntime".
+        device: Where to run: "cpu", or a CUDA device.
+        verify: Whether to hash every file; sizes are always looked at.
+        max_streams: Streams (calls of a step, of all generations) that may be under way at once.
+        options: Of the runtime: `providers` and `options` (a `SessionOptions`) of onnxruntime.
+
+    Raises: BundleError if anything is missing, altered, of a future format or inconsistent; nothing was loaded then.
+    Memory: the weights, as the runtime holds them, and `Manifest.stream_bytes` for each stream under way.
+    """
+    if runtime != "onnxruntime":
+        raise ConfigError(f"load_bundle: runtime must be 'onnxruntime', got {runtime!r}.")
+    if not isinstance(max_streams, int) or max_streams < 1:
+        raise ConfigError(f"load_bundle: max_streams must be a number >= 1, got {max_streams!r}.")
+    folder = Path(directory)
+    manifest = Manifest.load(folder, verify=verify)
+    return open_bundle(
+        folder, manifest, runtime=runtime, device=torch.device(device), max_streams=max_streams, **options
+    )
+
+
+def open_bundle(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    runtime: Runtime,
+    device: torch.device,
+    max_streams: int = MOST_STREAMS,
+    **options: Any,
+) -> BundleRunner:
+    """A runner for a bundle whose files were looked at."""
+    files = {name: folder / variant.file.path for name, variant in manifest.variants.items()}
+    engine = OnnxRuntime(files, device=device, **options)
+    constants = read_constants(manifest, folder, device)
+    return BundleRunner(manifest, engine, constants, folder=folder, max_streams=max_streams)
+
+
+__all__ = ["load_bundle", "open_bundle"]

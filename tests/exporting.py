@@ -1,0 +1,94 @@
+"""What the tests of exports share: a plan made on a model, a runner of its schedule in PyTorch, and generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import omnifx
+from omnifx.bundle import Constant, FileInfo, Manifest
+from omnifx.bundle_runner import BundleRunner
+from omnifx.export_files import Files, manifest_of
+from omnifx.export_reference import TorchEngine
+from omnifx.export_schedule import dtype_name
+from omnifx.exporter import prepare
+from omnifx.plan import COMPUTE, REUSE, Plan, PlanStep, Row
+from omnifx.policy import Policy
+from omnifx.profile import Profile
+from omnifx.session import fingerprint_of
+
+NO_FILE = FileInfo(path="none", bytes=2**40, sha256="0" * 64)
+
+Generate = Callable[[Any, int], Tensor]
+
+
+@dataclass
+class Planned:
+    """A model, what was measured of it, and a plan."""
+
+    model: nn.Module
+    generate: Generate
+    profile: Profile
+    plan: Plan
+
+    def compiled(self, folder: Path) -> Any:
+        """The model as torch.compile runs it by the plan."""
+        self.profile.save(folder / "profile.safetensors")
+        self.plan.save(folder / "plan.json")
+        options: Any = {
+            "profile": folder / "profile.safetensors",
+            "plan": folder / "plan.json",
+            "lowering": "eager",
+            "policy": self.plan.policy,
+        }
+        return torch.compile(self.model, backend="omnicache", options=options)
+
+
+def planned(model: nn.Module, generate: Generate, policy: str | Policy, *, speedup: float | None = None) -> Planned:
+    """Measure one generation, and plan."""
+    profile = omnifx.calibrate(model, generate, policy=policy, options={"lowering": "eager"}, progress=False)
+    return Planned(model, generate, profile, omnifx.make_plan(profile, policy=policy, speedup=speedup))
+
+
+def plan_by_hand(model: nn.Module, names: Sequence[str], pattern: str, timesteps: Sequence[float]) -> Plan:
+    """A plan of full (F) and reuse (r) steps for the branches of a model."""
+    rows: dict[str, Row] = {"F": (COMPUTE,) * len(names), "r": (REUSE,) * len(names)}
+    used = list(dict.fromkeys(pattern))
+    return Plan(
+        policy="by hand",
+        model=type(model).__name__,
+        fingerprint=fingerprint_of(model, names),
+        timesteps=tuple(timesteps),
+        branches=tuple(names),
+        variants=tuple(rows[letter] for letter in used),
+        steps=tuple(PlanStep(variant=used.index(letter)) for letter in pattern),
+        reuse_flops=tuple(1.0 if letter == "F" else 0.1 for letter in used),
+    )
+
+
+def in_torch(model: nn.Module, example: Any, plan: Plan, **options: Any) -> BundleRunner:
+    """A runner of what an export would write, whose graphs run in PyTorch."""
+    prepared = prepare(model, example, plan, **options)
+    schedule = prepared.schedule
+    constants = {
+        name: Constant(shape=tuple(value.shape), dtype=dtype_name(value), offset=0, bytes=0)
+        for name, value in schedule.constants.items()
+    }
+    files = Files(dict.fromkeys(schedule.graphs, NO_FILE), NO_FILE, constants)
+    manifest: Manifest = manifest_of(model, prepared.job, plan, schedule, files, None, 20)
+    return BundleRunner(manifest, TorchEngine(schedule.graphs), schedule.constants)
+
+
+def needs_onnx() -> None:
+    """Skip a test where ONNX cannot be written or run."""
+    for name in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'omnifx[onnx]'")
+
+
+__all__ = ["Planned", "in_torch", "needs_onnx", "plan_by_hand", "planned"]
