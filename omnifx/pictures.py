@@ -182,14 +182,14 @@ def samples_figure(
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as a picture; its folder must exist.
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = DPI) -> Path:
+    """Write a figure as a picture, with so many pixels an inch; its folder must exist.
 
     Raises: ConfigError if the file cannot be written, or its ending names no format.
     """
     path = Path(path)
     try:
-        figure.savefig(path, dpi=DPI, facecolor="white")
+        figure.savefig(path, dpi=dpi, facecolor="white")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the picture {path} could not be written: {error}. Choose a path ending in .png, .svg or .pdf."

@@ -25,6 +25,7 @@ from omnifx.sample_grids import Grid, grid_of
 _COLUMNS = 3
 _CHART = (4.6, 3.5)  # inches
 _LEGEND = 2.6
+_DPI = 90  # documents hold many of these
 _MARKERS = {"circle": "o", "square": "s", "up": "^", "diamond": "D", "down": "v", "plus": "P", "cross": "X"}
 _INK, _PALE = "#222222", "#8a8a8a"
 
@@ -67,7 +68,7 @@ def save_figures(results: Results, samples: Mapping[str, Mapping[str, Tensor]], 
     except OSError as error:
         raise ConfigError(f"the folder {into} could not be made: {error.strerror}. Name another.") from error
     return [
-        save_figure(draw(), into / figure_name(case, name))
+        save_figure(draw(), into / figure_name(case, name), dpi=_DPI)
         for case in results.cases
         for name, draw in drawings_of(case, results, samples.get(case.name, {})).items()
     ]
@@ -188,9 +189,11 @@ def _plans_figure(case: Case, plans: Sequence[tuple[str, Row]]) -> Figure:
 
 
 def _samples_figure(case: Case, grid: Grid) -> Figure:
-    count, (height, width) = len(grid.strips), grid.strips[0].samples.shape[:2]
+    least = min((row.target for row in case.rows if row.target is not None), default=None)
+    strips = [strip for strip in grid.strips if strip.row.target in (None, least)]  # the page shows all
+    count, (height, width) = len(strips), strips[0].samples.shape[:2]
     figure = _figure(12.0, count * (5.4 * height / width + 0.34) + 0.6)
-    for i, strip in enumerate(grid.strips):
+    for i, strip in enumerate(strips):
         row = strip.row
         name = "uncached" if row.family == "uncached" else f"{row.method} ({verdicts.share_text(row.compute)})"
         sides = [(strip.samples, name), (strip.difference, f"difference from uncached, amplified {grid.factor}x")]

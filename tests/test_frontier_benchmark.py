@@ -23,6 +23,7 @@ from benchmarks.frontier import (
 )
 from benchmarks.frontier_cases import CASES, METRICS, Way, ours, rivals
 from benchmarks.peers import NotHere
+from omnifx.reporting import check
 from omnifx.results import Results
 
 STEPS = 8
@@ -178,6 +179,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(smoke).cases == found.cases
     with pytest.raises(SystemExit, match="measured under other conditions"):
         main(["--cases", "flow-20", "--out", str(tmp_path)])
+
+
+def test_the_page_holds_what_was_measured() -> None:
+    folder = Path("benchmarks/results/frontier")
+    check(Results.load(folder), folder, html=None, figures=Path("docs/frontier"), markdown=Path("docs/frontier.md"))
 
 
 def test_labels_have_every_class() -> None:
