@@ -10,19 +10,11 @@ import pytest
 import torch
 
 from benchmarks import frontier, peers
-from benchmarks.frontier import (
-    Bench,
-    Extrapolated,
-    Part,
-    Seeds,
-    chosen,
-    labels_of,
-    main,
-    tune,
-    verdicts,
-)
-from benchmarks.frontier_cases import CASES, METRICS, Way, ours, rivals
+from benchmarks.frontier import Part, chosen, main, tune, verdicts
+from benchmarks.frontier_cases import CASES, METRICS, Way, labels_of, ours, rivals
+from benchmarks.frontier_runs import Bench, Extrapolated, Seeds
 from benchmarks.peers import NotHere
+from benchmarks.quality import evenly_spread
 from omnifx.reporting import check
 from omnifx.results import Results
 
@@ -60,7 +52,7 @@ def test_extrapolation_is_exact_for_polynomials_of_its_order(order: int) -> None
     skipping = Extrapolated(model, steps, calls, order)
     for _ in range(2):
         found = [float(skipping(timestep=torch.tensor([time]))[0]) for time in times]
-    known = sorted(frontier.evenly_spread(steps, calls))[order]
+    known = sorted(evenly_spread(steps, calls))[order]
     assert len(asked) == 2 * calls
     assert found[known:] == pytest.approx([(time / 1000) ** order for time in times[known:]])
     wrong = [(time / 1000) ** (order + 1) for time in times[known:]]
