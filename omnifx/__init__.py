@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from omnifx.backend import omnicache
 from omnifx.bundle_loading import load_bundle
 from omnifx.calibration import calibrate, make_plan
+from omnifx.engine_building import build_engines
 from omnifx.errors import (
     BundleError,
     ConfigError,
@@ -44,6 +45,7 @@ __all__ = [
     "ProfileError",
     "Stats",
     "__version__",
+    "build_engines",
     "calibrate",
     "explain",
     "export",

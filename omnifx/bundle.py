@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -222,12 +223,44 @@ class SchedulerInfo(_Strict):
     timesteps: tuple[FiniteFloat, ...] = Field(min_length=1)
 
 
+class LayerSummary(_Strict):
+    """What an engine of TensorRT consists of, as its builder listed it."""
+
+    layers: int = Field(ge=0)
+    kinds: dict[str, int]
+    """Layers of each kind."""
+    matrix_products: int = Field(ge=0)
+    """Matrix products of the ONNX graph that are computed in it."""
+    attentions: int = Field(ge=0)
+    """Attentions (softmaxes) of the ONNX graph that are computed in it."""
+    fused_attentions: int = Field(ge=0)
+    """Kernels that are a whole attention."""
+    scratch_bytes: int = Field(ge=0)
+    """Memory of a run beside inputs and outputs."""
+    weights_bytes: int = Field(ge=0)
+
+
+class EngineBuild(_Strict):
+    """How one engine was built."""
+
+    key: Sha256
+    """Of all that decides what it becomes: graph, weights, builder, options."""
+    onnx_sha256: Sha256
+    weights_sha256: Sha256
+    """Of the weights that the graph reads, in the order in which it names them."""
+    seconds: float = Field(ge=0)
+    layers: LayerSummary | None = None
+
+
 class EngineInfo(_Strict):
     """Engines that were built from the bundle for one target."""
 
     files: dict[str, FileInfo]
     """By variant."""
     builder: dict[str, Any] = Field(default_factory=dict)
+    """Name, version, compute capabilities, flags and limits."""
+    builds: dict[str, EngineBuild] = Field(default_factory=dict)
+    """By variant."""
 
 
 class Manifest(_Strict):
@@ -332,7 +365,7 @@ class Manifest(_Strict):
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder."""
         text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), indent=1)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        replace_text(folder / MANIFEST, text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = True) -> Self:
@@ -369,6 +402,13 @@ class Manifest(_Strict):
         for file in manifest.files():
             check_file(folder, file, verify=verify)
         return manifest
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: whoever reads it finds the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def check_file(folder: Path, file: FileInfo, *, verify: bool) -> Path:
@@ -430,6 +470,10 @@ def contents(manifest: Manifest) -> str:
             f"{name:<{width}}  {runs[name]:>5} {variant.flops / full:>7.1%} {_mib(variant.params_bytes):>12} "
             f"{_mib(variant.file.bytes):>12}"
         )
+    for target, engines in manifest.engines.items():
+        total, made = _mib(sum(file.bytes for file in engines.files.values())), engines.builder
+        where = ", ".join(made.get("compute_capabilities", ())) or "any that its runtime supports"
+        lines.append(f"engines for {target} {made.get('version', '')}: {len(engines.files)}, {total}, compute {where}")
     shared, stream = _mib(manifest.weights.bytes), _mib(manifest.stream_bytes)
     return "\n".join([*lines, f"{manifest.weights.path}: {shared}, shared by all; buffers of one stream: {stream}"])
 
@@ -449,9 +493,11 @@ __all__ = [
     "Call",
     "CallInput",
     "Constant",
+    "EngineBuild",
     "EngineInfo",
     "FileInfo",
     "Keep",
+    "LayerSummary",
     "Manifest",
     "ModelInfo",
     "PolicyInfo",
@@ -468,4 +514,5 @@ __all__ = [
     "file_info",
     "json_schema",
     "num_bytes",
+    "replace_text",
 ]

@@ -8,18 +8,20 @@ from typing import Any, Literal
 import torch
 
 from omnifx.backends.onnxruntime import OnnxRuntime
+from omnifx.backends.tensorrt import LIBRARIES
+from omnifx.backends.tensorrt_runtime import TensorRTRuntime
 from omnifx.bundle import Manifest
-from omnifx.bundle_runner import MOST_STREAMS, BundleRunner, read_constants
+from omnifx.bundle_runner import MOST_STREAMS, BundleRunner, Engine, read_constants
 from omnifx.errors import ConfigError
 
-Runtime = Literal["onnxruntime"]
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 
 def load_bundle(
     directory: str | Path,
     *,
     runtime: Runtime = "onnxruntime",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     verify: bool = True,
     max_streams: int = MOST_STREAMS,
     **options: Any,
@@ -28,24 +30,25 @@ def load_bundle(
 
     Args:
         directory: What `omnifx.export` wrote.
-        runtime: "onnxruntime".
-        device: Where to run: "cpu", or a CUDA device.
+        runtime: "onnxruntime"; or "tensorrt", "tensorrt-rtx", whose engines `omnifx build` put into the bundle.
+        device: Where to run: "cpu", or a CUDA device; None: "cuda" for engines, "cpu" otherwise.
         verify: Whether to hash every file; sizes are always looked at.
         max_streams: Streams (calls of a step, of all generations) that may be under way at once.
-        options: Of the runtime: `providers` and `options` (a `SessionOptions`) of onnxruntime.
+        options: Of the runtime: `providers` and `options` (a `SessionOptions`) of onnxruntime; `cuda_graphs`,
+            `runtime_cache`, `max_lanes` of TensorRT, see `omnifx.backends.tensorrt_runtime.TensorRTRuntime`.
 
     Raises: BundleError if anything is missing, altered, of a future format or inconsistent; nothing was loaded then.
     Memory: the weights, as the runtime holds them, and `Manifest.stream_bytes` for each stream under way.
     """
-    if runtime != "onnxruntime":
-        raise ConfigError(f"load_bundle: runtime must be 'onnxruntime', got {runtime!r}.")
+    if runtime != "onnxruntime" and runtime not in LIBRARIES:
+        known = ", ".join(map(repr, ("onnxruntime", *LIBRARIES)))
+        raise ConfigError(f"load_bundle: runtime must be one of {known}, got {runtime!r}.")
     if not isinstance(max_streams, int) or max_streams < 1:
         raise ConfigError(f"load_bundle: max_streams must be a number >= 1, got {max_streams!r}.")
     folder = Path(directory)
     manifest = Manifest.load(folder, verify=verify)
-    return open_bundle(
-        folder, manifest, runtime=runtime, device=torch.device(device), max_streams=max_streams, **options
-    )
+    place = torch.device(device if device is not None else "cuda" if runtime in LIBRARIES else "cpu")
+    return open_bundle(folder, manifest, runtime=runtime, device=place, max_streams=max_streams, **options)
 
 
 def open_bundle(
@@ -58,9 +61,13 @@ def open_bundle(
     **options: Any,
 ) -> BundleRunner:
     """A runner for a bundle whose files were looked at."""
-    files = {name: folder / variant.file.path for name, variant in manifest.variants.items()}
-    engine = OnnxRuntime(files, device=device, **options)
-    constants = read_constants(manifest, folder, device)
+    engine: Engine
+    if runtime == "tensorrt" or runtime == "tensorrt-rtx":
+        engine = TensorRTRuntime(folder, manifest, runtime, device=device, **options)
+    else:
+        files = {name: folder / variant.file.path for name, variant in manifest.variants.items()}
+        engine = OnnxRuntime(files, device=device, **options)
+    constants = read_constants(manifest, folder, engine.device)
     return BundleRunner(manifest, engine, constants, folder=folder, max_streams=max_streams)
 
 

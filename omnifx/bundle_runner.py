@@ -386,6 +386,8 @@ class BundleRunner:
                     if source.numbers is not None
                     else torch.full(info.shape, source.fill or 0.0, dtype=dtype, device=self.device)
                 )
+                if self.device.type == "cuda":  # generations on other CUDA streams read it, too
+                    torch.cuda.current_stream(self.device).synchronize()
             return self._fills[key]
 
     def _empty(self, info: TensorInfo) -> Tensor:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from typer.core import TyperGroup
 
 import omnifx
-from omnifx import cli_bench
+from omnifx import cli_bench, cli_build
 from omnifx import demo as demos
 from omnifx.bundle import Manifest, contents
 from omnifx.errors import ConfigError, OmnifxError
@@ -267,7 +267,9 @@ def export(
     ],
     plan: Annotated[Path, typer.Option(help="What `omnifx plan --out` wrote for this model, at this size.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must be new, or empty.")],
-    target: Annotated[str, typer.Option(help="onnx: files for onnxruntime and for builders of engines.")] = "onnx",
+    target: Annotated[
+        str, typer.Option(help="onnx: files for onnxruntime; tensorrt, tensorrt-rtx: engines beside them.")
+    ] = "onnx",
     profile: Annotated[
         Path | None, typer.Option(help="What the plan was made from; needed where it follows trends (eoc).")
     ] = None,
@@ -285,6 +287,9 @@ def export(
         bool, typer.Option("--same-weights/--any-weights", help="Whether the plan must be of these very weights.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    sm: cli_build.Capabilities = "",
+    workspace: cli_build.Workspace = None,
+    timing_cache: cli_build.TimingCache = None,
 ) -> None:
     """Write a model with its plan as a bundle: static graphs and a schedule, for runtimes without PyTorch.
 
@@ -311,6 +316,7 @@ def export(
         per_step=per_step,
         same_weights=same_weights,
         overwrite=overwrite,
+        engines=cli_build.given(sm, workspace, timing_cache),
     )
     typer.echo(contents(manifest))
     typer.echo(f"wrote {out}; next: omnifx bundle {out} --check")
@@ -397,6 +403,7 @@ def doctor(
 
 
 app.command()(cli_bench.bench)
+app.command()(cli_build.build)
 
 
 def folded(report: MatchReport) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from omnifx.backends.eager import EagerLowering
 from omnifx.backends.onnx import OPSETS, require_onnx
 from omnifx.bundle import Manifest
 from omnifx.clock import close
+from omnifx.engine_building import build_engines, require_builder
 from omnifx.errors import ConfigError, ExportError, PlanError
 from omnifx.export_capture import Captured, bind_arguments, capture_for_export, leaves_of_call, varied, verify
 from omnifx.export_files import Job, Place, manifest_of, progress_bar, write_graphs
@@ -31,7 +32,7 @@ from omnifx.profile import Profile
 from omnifx.program import Program
 from omnifx.session import fingerprint_of
 
-Target = Literal["onnx"]
+Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 
 
 def export(
@@ -51,6 +52,7 @@ def export(
     conditions: bool = True,
     same_weights: bool = True,
     overwrite: bool = False,
+    engines: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Write a bundle that runs a model by a plan, without PyTorch's compiler and without this model's code.
@@ -60,7 +62,8 @@ def export(
         example_inputs: One call's arguments; their shapes and types are those that the bundle will take.
         plan: A plan, or its file, made on this model at this size.
         directory: The bundle's folder; it must not be there, or be empty.
-        target: "onnx": files for onnxruntime, and for builders of engines.
+        target: "onnx": files for onnxruntime, and for builders of engines; "tensorrt" or "tensorrt-rtx": the same, and
+            then engines in it.
         profile: That the plan was made from, where the plan follows its trends (EOC).
         scheduler: A scheduler of diffusers, to be named in the manifest.
         timestep: Path of the argument that holds the timestep; None: told by its name, or its value.
@@ -71,6 +74,7 @@ def export(
         conditions: Whether what timestep and labels decide together is a graph of its own, for steps that reuse.
         same_weights: Whether the plan must have been made with these very weights, in this type.
         overwrite: Whether a bundle that is there is replaced.
+        engines: Options of `build_engines`, where the target has engines.
         progress: Whether to show a progress bar.
 
     Returns: The manifest, as it was written.
@@ -80,6 +84,8 @@ def export(
         from where they are.
     """
     _check_options(target, opset)
+    if target != "onnx":
+        require_builder(target, **(engines or {}))
     require_onnx()
     place = Place(Path(directory), overwrite)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -101,6 +107,8 @@ def export(
         manifest = manifest_of(model, prepared.job, chosen, schedule, files, scheduler, opset)
         manifest = with_reference(folder, manifest, prepared.check, schedule)
         manifest.save(folder)
+    if target != "onnx":  # in place: a build that ends early leaves the bundle, and `omnifx build` goes on with it
+        manifest = build_engines(directory, target, progress=progress, **(engines or {}))
     return manifest
 
 
@@ -150,8 +158,8 @@ def prepare(
 
 
 def _check_options(target: str, opset: int) -> None:
-    if target != "onnx":
-        raise ConfigError(f"export: target must be 'onnx', got {target!r}.")
+    if target not in get_args(Target):
+        raise ConfigError(f"export: target must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}.")
     if not isinstance(opset, int) or not OPSETS[0] <= opset <= OPSETS[1]:
         raise ConfigError(f"export: opset must be a number from {OPSETS[0]} to {OPSETS[1]}, got {opset!r}.")
 
