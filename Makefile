@@ -92,6 +92,7 @@ endef
 .venv/.installed: pyproject.toml constraints.txt | preflight
 	$(call make_venv,.venv)
 	$(BIN)/python $(PIP_INSTALL) -e '.[dev,examples]'
+	$(BIN)/python $(PIP_INSTALL) -e '.[tensorrt-rtx]' || echo "make: no TensorRT-RTX for this machine; its tests are skipped" >&2
 	touch $@
 
 .venv-wheel/.torch: constraints.txt | preflight

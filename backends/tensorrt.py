@@ -8,7 +8,6 @@ builds for the GPU that it runs on. What was built is compared with the graph's 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 import shlex
@@ -16,43 +15,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from omnifx.backends.tensorrt_log import TYPES, BuildLog, Switchboard, switchboard
+from omnifx.backends.tensorrt_library import LIBRARIES, EngineTarget, Library, difference_of_ports, io_table
+from omnifx.backends.tensorrt_log import BuildLog, Switchboard, switchboard
 from omnifx.backends.tensorrt_progress import BuildProgress, monitor_for
 from omnifx.bundle import LayerSummary, TensorInfo
 from omnifx.errors import ConfigError, ExportError
 
-EngineTarget = Literal["tensorrt", "tensorrt-rtx"]
 MOST_TOP_K = 3840
 """Most values that a top-k of TensorRT chooses."""
-
-
-@dataclass(frozen=True)
-class Library:
-    """One of the two modules."""
-
-    target: EngineTarget
-    module: str
-    title: str
-    command: str
-    """Its tool for the command line."""
-
-    def load(self, who: str) -> Any:
-        """The module, for `who`. Raises ExportError if it is not installed, or cannot be loaded."""
-        try:
-            return importlib.import_module(self.module)
-        except ImportError as error:
-            raise ExportError(
-                f"{who}: {self.title} is missing here ({error}). pip install 'omnifx[{self.target}]'"
-                + ("." if self.target == "tensorrt-rtx" else ", or use NVIDIA's TensorRT container.")
-            ) from error
-
-
-LIBRARIES: dict[str, Library] = {
-    "tensorrt": Library("tensorrt", "tensorrt", "TensorRT", "trtexec"),
-    "tensorrt-rtx": Library("tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX", "tensorrt_rtx"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +220,8 @@ class EngineBuilder:
             if capability in known:
                 continue
             rest = (
-                f"{self.options.library.title} {self.trt.__version__} builds for {', '.join(known)}. For this GPU build "
-                "with --target tensorrt, on the machine that has it."
+                f"{self.options.library.title} {self.trt.__version__} builds for {', '.join(known)}. For this GPU "
+                "build with --target tensorrt, on the machine that has it."
             )
             if capability.partition(".")[0] in ("9", "10"):
                 generation = "Hopper" if capability.startswith("9") else "data-centre Blackwell"
@@ -265,7 +237,7 @@ class EngineBuilder:
                 return ExportError(
                     f"build: {title} {self.trt.__version__} cannot build {graph.name}: the operator {operator} (node "
                     f"{error.node_name() or 'unnamed'}) is not supported as it stands: {error.desc()}. Export with "
-                    "another opset, or leave the model's part that needs it uncached; onnxruntime still runs the bundle."
+                    "another opset, or write that part of the model otherwise; onnxruntime still runs the bundle."
                 )
         return ExportError(f"build: {title} {self.trt.__version__} cannot read {graph.name}: {log.reason()}")
 
@@ -297,40 +269,6 @@ class EngineBuilder:
         for word, wanted, found in (("takes", inputs, tables[0]), ("gives", outputs, tables[1])):
             if problem := difference_of_ports(wanted, found):
                 raise ExportError(f"build: the engine of {graph.name} {word} other values than the graph: {problem}.")
-
-
-def difference_of_ports(wanted: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> str:
-    """What differs between the inputs or outputs of two graphs, in words; empty if nothing does."""
-    if missing := sorted(wanted.keys() - found.keys()):
-        return f"{missing[0]} is missing"
-    if more := sorted(found.keys() - wanted.keys()):
-        return f"{more[0]} is not known"
-    for name, info in wanted.items():
-        other = found[name]
-        if (info.shape, info.dtype) != (other.shape, other.dtype):
-            return f"{name} is {other.dtype}{list(other.shape)}, not {info.dtype}{list(info.shape)}"
-    return ""
-
-
-_ENUM = {
-    "FLOAT": "Float", "HALF": "Half", "BF16": "BFloat16", "INT64": "Int64", "INT32": "Int32", "INT8": "Int8",
-    "UINT8": "UInt8", "BOOL": "Bool",
-}  # fmt: skip
-
-
-def io_table(trt: Any, engine: Any) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Inputs and outputs of an engine that is loaded, as a manifest has them."""
-    if engine is None:
-        raise ExportError("build: the engine that was built cannot be loaded again.")
-    tables: tuple[dict[str, TensorInfo], dict[str, TensorInfo]] = ({}, {})
-    for i in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(i)
-        info = TensorInfo(
-            shape=tuple(int(size) for size in engine.get_tensor_shape(name)),
-            dtype=TYPES[_ENUM[engine.get_tensor_dtype(name).name]],
-        )
-        tables[engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT][name] = info
-    return tables
 
 
 def command_line(options: BuildOptions, graph: Path, engine: Path) -> str:
@@ -399,8 +337,8 @@ def _gpu_capability() -> str:
 
     if not torch.cuda.is_available():
         raise ExportError(
-            "build: TensorRT builds for the GPU of the machine that it runs on, and here is none. Copy the bundle there "
-            "and run `omnifx build BUNDLE --target tensorrt`, or build for RTX GPUs with --target tensorrt-rtx."
+            "build: TensorRT builds for the GPU of the machine that it runs on, and here is none. Copy the bundle "
+            "there and run `omnifx build BUNDLE --target tensorrt`, or build for RTX GPUs with --target tensorrt-rtx."
         )
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
@@ -419,16 +357,12 @@ def _replace_bytes(path: Path, data: memoryview) -> None:
 
 
 __all__ = [
-    "LIBRARIES",
     "MOST_TOP_K",
     "BuildOptions",
+    "Built",
     "EngineBuilder",
-    "EngineTarget",
-    "Library",
     "Source",
     "command_line",
-    "difference_of_ports",
-    "io_table",
     "parse_capabilities",
     "read_source",
 ]

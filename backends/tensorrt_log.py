@@ -19,7 +19,8 @@ _LAYER = re.compile(r"^\s*Name: (?P<name>.+?), LayerType: (?P<kind>\w+)", re.MUL
 _TACTIC = re.compile(r"TacticName: ([^,\n]*)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _PORT = re.compile(
-    r"^\s*Name: (?P<name>.+?), IOMode: (?P<mode>Input|Output), DataType: (?P<type>\w+), Dimensions: \[(?P<shape>[-\d,]*)\]",
+    r"^\s*Name: (?P<name>.+?), IOMode: (?P<mode>Input|Output), DataType: (?P<type>\w+), "
+    r"Dimensions: \[(?P<shape>[-\d,]*)\]",
     re.MULTILINE,
 )
 _SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")

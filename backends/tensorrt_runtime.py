@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from omnifx.backends.tensorrt import LIBRARIES, EngineTarget, difference_of_ports, io_table
+from omnifx.backends.tensorrt_library import LIBRARIES, EngineTarget, difference_of_ports, io_table
 from omnifx.backends.tensorrt_log import BuildLog, switchboard
 from omnifx.bundle import EngineInfo, Manifest, TensorInfo
 from omnifx.errors import BundleError, ConfigError, ExportError
@@ -166,7 +166,7 @@ class TensorRTRuntime:
         gpu: Gpu | None = None,
         trt: Any | None = None,
     ) -> None:
-        self._name = f"load_bundle, runtime {target!r}"
+        self._name, self._title = f"load_bundle, runtime {target!r}", LIBRARIES[target].title
         if not isinstance(max_lanes, int) or max_lanes < 1:
             raise ConfigError(f"{self._name}: max_lanes must be a number >= 1, got {max_lanes!r}.")
         if runtime_cache is not None and target != "tensorrt-rtx":
@@ -206,8 +206,8 @@ class TensorRTRuntime:
         built, here = str(info.builder.get("version", "")), str(self._trt.__version__)
         if built != here:
             raise BundleError(
-                f"{self._name}: the engines were built by version {built or 'unknown'}, but {self._trt.__name__} "
-                f"{here} is here. Install {self._trt.__name__} {built}, or build them anew: omnifx build BUNDLE."
+                f"{self._name}: the engines were built by version {built or 'unknown'}, but {self._title} {here} is "
+                "here. Install that version, or build them anew: omnifx build BUNDLE."
             )
 
     def _load(self, folder: Path, manifest: Manifest, info: EngineInfo) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -352,15 +352,16 @@ class Manifest(_Strict):
         """Bytes of all buffers of one stream."""
         return sum(num_bytes(buffer) for buffer in self.buffers.values())
 
-    def files(self) -> Iterator[FileInfo]:
-        """All files beside the manifest."""
+    def files(self, targets: Collection[str] | None = None) -> Iterator[FileInfo]:
+        """All files beside the manifest; of engines only those for these targets."""
         yield self.weights
         if self.reference is not None:
             yield self.reference
         for variant in self.variants.values():
             yield variant.file
-        for engine in self.engines.values():
-            yield from engine.files.values()
+        for target, engine in self.engines.items():
+            if targets is None or target in targets:
+                yield from engine.files.values()
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder."""
@@ -368,8 +369,10 @@ class Manifest(_Strict):
         replace_text(folder / MANIFEST, text + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, *, verify: bool = True) -> Self:
+    def load(cls, folder: str | Path, *, verify: bool = True, targets: Collection[str] | None = None) -> Self:
         """Read a bundle's manifest; all files must be there, in their sizes, and with `verify` in their bytes.
+
+        Engines for others than `targets` are not looked at; None: all are.
 
         Raises: BundleError that names the file or field.
         """
@@ -399,7 +402,7 @@ class Manifest(_Strict):
             raise BundleError(
                 f"{path} is not a valid manifest: {f'{where}: ' if where else ''}{first['msg']}. Export it anew."
             ) from error
-        for file in manifest.files():
+        for file in manifest.files(targets):
             check_file(folder, file, verify=verify)
         return manifest
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from omnifx.backends.onnxruntime import OnnxRuntime
-from omnifx.backends.tensorrt import LIBRARIES
+from omnifx.backends.tensorrt_library import LIBRARIES
 from omnifx.backends.tensorrt_runtime import TensorRTRuntime
 from omnifx.bundle import Manifest
 from omnifx.bundle_runner import MOST_STREAMS, BundleRunner, Engine, read_constants
@@ -46,7 +46,7 @@ def load_bundle(
     if not isinstance(max_streams, int) or max_streams < 1:
         raise ConfigError(f"load_bundle: max_streams must be a number >= 1, got {max_streams!r}.")
     folder = Path(directory)
-    manifest = Manifest.load(folder, verify=verify)
+    manifest = Manifest.load(folder, verify=verify, targets=(runtime,))
     place = torch.device(device if device is not None else "cuda" if runtime in LIBRARIES else "cpu")
     return open_bundle(folder, manifest, runtime=runtime, device=place, max_streams=max_streams, **options)
 

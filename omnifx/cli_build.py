@@ -32,7 +32,7 @@ def build(
 ) -> None:
     """Build engines into a bundle: one for each of its graphs, and only those that are not there yet.
 
-    Types are those of the bundle: export a model in the type that it is to run in. A build that was interrupted goes on.
+    Types are those of the bundle: export a model in the type that it is to run in. An interrupted build goes on.
     """
     manifest = build_engines(bundle, target, compute_capabilities=sm, workspace=workspace, timing_cache=timing_cache)
     typer.echo(contents(manifest))

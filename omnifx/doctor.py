@@ -56,7 +56,7 @@ def examine(*, compiles: bool = True) -> list[Finding]:
     findings += [_package("diffusers", needed=True), _package("onnx", extra="onnx"), _onnxruntime()]
     findings += [
         _package("tensorrt", extra="tensorrt", only_gpu=True),
-        _package("tensorrt_rtx", extra="tensorrt-rtx", only_gpu=True),
+        _package("tensorrt_rtx", extra="tensorrt-rtx"),
     ]
     return [*findings, _user_cache(), _memory()]
 

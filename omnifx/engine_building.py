@@ -22,12 +22,12 @@ from rich.console import Console
 from omnifx.backends.tensorrt import (
     BuildOptions,
     EngineBuilder,
-    EngineTarget,
     Source,
     command_line,
     parse_capabilities,
     read_source,
 )
+from omnifx.backends.tensorrt_library import EngineTarget
 from omnifx.backends.tensorrt_progress import BuildProgress
 from omnifx.bundle import EngineBuild, EngineInfo, FileInfo, Manifest, check_file, file_info, replace_text
 from omnifx.errors import BundleError, ConfigError
@@ -97,7 +97,7 @@ def build_engines(
     options = build_options(
         target, compute_capabilities=compute_capabilities, workspace=workspace, timing_cache=timing_cache
     )
-    manifest = Manifest.load(folder)
+    manifest = Manifest.load(folder, targets=())  # engines that were altered are built again
     if other := [
         variant.file.path for variant in manifest.variants.values() if not variant.file.path.endswith(".onnx")
     ]:
