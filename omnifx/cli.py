@@ -326,14 +326,17 @@ def export(
 def bundle(
     folder: Annotated[Path, typer.Argument(help="What `omnifx export` wrote.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Run its first steps in onnxruntime, and compare with what PyTorch gave.")
+        bool, typer.Option("--check", help="Run its first steps, and compare with what PyTorch gave.")
     ] = False,
+    runtime: Annotated[
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"], typer.Option(help="What to run them in.")
+    ] = "onnxruntime",
 ) -> None:
     """What a bundle holds; its files are looked at and hashed."""
     typer.echo(contents(Manifest.load(folder)))
     if check:
-        error = omnifx.load_bundle(folder, verify=False).check()
-        typer.echo(f"onnxruntime differs from PyTorch by {error:.1e} of an output's norm at most")
+        error = omnifx.load_bundle(folder, runtime=runtime, verify=False).check()
+        typer.echo(f"{runtime} differs from PyTorch by {error:.1e} of an output's norm at most")
 
 
 @app.command()

@@ -8,7 +8,6 @@ the next one goes on where it ended.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -240,6 +239,8 @@ def _said(info: EngineInfo, name: str) -> str:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """While this process builds in a folder, no other does. The lock ends with the process, however it ends."""
+    import fcntl  # here, so that omnifx imports where there is none
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -8,6 +8,7 @@ becomes a graph of its own, if that saves reading weights: it runs before the va
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -250,7 +251,8 @@ class GraphMaker:
         """A name for files: the label, numbered where several variants share it."""
         plain = "".join(c if c.isalnum() or c in "-." else "_" for c in (spec.label if reuses(spec.row) else "full"))
         taken = {graph.name for graph in self.graphs.values()}
-        return next(name for name in (plain, *(f"{plain}_{i}" for i in range(2, 10**6))) if name not in taken)
+        numbered = (f"{plain}_{i}" for i in itertools.count(2))
+        return next(name for name in itertools.chain((plain,), numbered) if name not in taken)
 
 
 def _hoisted_nodes(gm: fx.GraphModule) -> list[str]:

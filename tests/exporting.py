@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import omnifx
-from omnifx.bundle import Constant, FileInfo, Manifest
+from omnifx.bundle import Constant, FileInfo, LayerSummary, Manifest
 from omnifx.bundle_runner import BundleRunner
 from omnifx.export_files import Files, manifest_of
 from omnifx.export_reference import TorchEngine
@@ -91,4 +92,24 @@ def needs_onnx() -> None:
         pytest.importorskip(name, reason=f"{name} is not installed: pip install 'omnifx[onnx]'")
 
 
-__all__ = ["Planned", "in_torch", "needs_onnx", "plan_by_hand", "planned"]
+def layers_of(manifest: Manifest) -> dict[str, LayerSummary]:
+    """What the engines of TensorRT-RTX consist of, by variant."""
+    found = {name: build.layers for name, build in manifest.engines["tensorrt-rtx"].builds.items()}
+    return {name: layers for name, layers in found.items() if layers is not None}
+
+
+def build_with_rtx(folder: Path) -> None:
+    """Build engines of a bundle for three generations of GPUs, where TensorRT-RTX is here, and look at what is in them:
+    those that compute no branch hold no attention, and fewer matrix products than the full graph's."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return
+    manifest = omnifx.build_engines(folder, "tensorrt-rtx", compute_capabilities="86,89,120", progress=False)
+    layers = layers_of(manifest)
+    assert layers.keys() == manifest.variants.keys()
+    for name, variant in manifest.variants.items():
+        if variant.actions and "compute" not in variant.actions and not variant.tokens:
+            assert layers[name].attentions == 0, name
+            assert layers[name].matrix_products < layers["full"].matrix_products, name
+
+
+__all__ = ["Planned", "build_with_rtx", "in_torch", "layers_of", "needs_onnx", "plan_by_hand", "planned"]

@@ -19,7 +19,7 @@ from omnifx.bundle import MANIFEST, WEIGHTS, Manifest, json_schema
 from omnifx.cli import app
 from omnifx.errors import BundleError, ConfigError, ExportError
 from omnifx.plan import Plan
-from tests.exporting import in_torch, needs_onnx, plan_by_hand, planned
+from tests.exporting import build_with_rtx, in_torch, needs_onnx, plan_by_hand, planned
 from tests.toys import distance, generate, noise, timesteps, toy, toy_inputs
 
 needs_onnx()
@@ -151,6 +151,7 @@ def test_bundles_of_policies_follow_the_compiled_model(policy: str, speedup: flo
 
     assert distance(one(runner, 5), one(case.compiled(tmp_path), 5)) < 1e-5
     assert runner.check() < 1e-5
+    build_with_rtx(tmp_path / "b")
 
 
 def test_one_graph_a_step_needs_no_numbers(model: nn.Module, plan: Plan, bundle: Path, tmp_path: Path) -> None:
