@@ -4,6 +4,7 @@ builds that end early, change or are refused."""
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -383,6 +385,31 @@ def test_the_command_builds_and_says_what_it_did(bundle: Path) -> None:
     assert "compute 8.6, 8.9, 12.0" in result.output
     line = "tensorrt_rtx --onnx=full.onnx --saveEngine=engines/tensorrt-rtx/full.engine --computeCapabilities=86,89,120"
     assert f"{line} --memPoolSize=workspace:4096M --profilingVerbosity=detailed --skipInference" in result.output
+
+
+def test_on_a_terminal_a_bar_shows_the_engine_and_the_phase(bundle: Path) -> None:
+    out = io.StringIO()
+    progress = BuildProgress(Console(file=out, force_terminal=True, width=120), shown=True)
+    seen: list[tuple[bool, object]] = []
+    finish = progress.phase_finish
+
+    def look(name: str) -> None:
+        assert progress._bar is not None
+        seen.extend((task.visible, task.total) for task in progress._bar.tasks if task.description.startswith("  "))
+        finish(name)
+
+    progress.phase_finish = look  # type: ignore[method-assign]
+    manifest = Manifest.load(bundle)
+    builder = EngineBuilder(build_options("tensorrt-rtx"), progress)
+    variant, path = manifest.variants["reuse"], bundle / "reuse.onnx"
+    with progress.running(1):
+        progress.engine("reuse", 1)
+        builder.build(path, path.with_suffix(".engine"), inputs=variant.inputs, outputs=variant.outputs, operators={})
+        progress.done("reuse", 1, "whole")
+
+    assert "building reuse" in out.getvalue()
+    assert "reuse (1 of 1): whole" in out.getvalue()
+    assert any(visible and total for visible, total in seen)
 
 
 def test_capabilities_are_written_in_several_ways() -> None:
