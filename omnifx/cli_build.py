@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from omnifx.bundle import contents
-from omnifx.engine_building import COMMANDS, build_engines
+from omnifx.engine_building import COMMANDS, ENGINES, build_engines
 
 Capabilities = Annotated[
     str,
@@ -36,8 +36,8 @@ def build(
     """
     manifest = build_engines(bundle, target, compute_capabilities=sm, workspace=workspace, timing_cache=timing_cache)
     typer.echo(contents(manifest))
-    typer.echo(f"the same with NVIDIA's own tool, line by line: {bundle / 'engines' / target / COMMANDS}")
-    typer.echo((bundle / "engines" / target / COMMANDS).read_text(encoding="utf-8").rstrip())
+    commands = bundle / ENGINES / target / COMMANDS
+    typer.echo(f"{commands}:\n{commands.read_text(encoding='utf-8').rstrip()}")
 
 
 def given(sm: str, workspace: str | None, timing_cache: Path | None) -> dict[str, Any]:

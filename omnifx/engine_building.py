@@ -32,6 +32,8 @@ from omnifx.bundle import EngineBuild, EngineInfo, FileInfo, Manifest, check_fil
 from omnifx.errors import BundleError, ConfigError
 from omnifx.options import parse_bytes
 
+ENGINES = "engines"
+"""The folder in a bundle that holds engines, in a folder for each target."""
 RECORD = "build.json"
 COMMANDS = "commands.txt"
 
@@ -113,7 +115,7 @@ class _Build:
     def __init__(self, folder: Path, manifest: Manifest, builder: EngineBuilder, progress: BuildProgress) -> None:
         self.folder, self.manifest, self.builder, self.progress = folder, manifest, builder, progress
         self.options = builder.options
-        self.place = Path("engines") / self.options.target
+        self.place = Path(ENGINES) / self.options.target
         (folder / self.place).mkdir(parents=True, exist_ok=True)
         before = self._record()
         self.sources = {
@@ -252,4 +254,4 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-__all__ = ["COMMANDS", "RECORD", "build_engines", "build_options", "require_builder"]
+__all__ = ["COMMANDS", "ENGINES", "RECORD", "build_engines", "build_options", "require_builder"]

@@ -79,6 +79,8 @@ class Place:
 
     folder: Path
     overwrite: bool
+    carried: str = ""
+    """A folder in the bundle that is replaced, which the new one keeps."""
     _temporary: Path | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +110,8 @@ class Place:
             old = self._temporary.with_name(self._temporary.name + ".old")
             os.rename(self.folder, old)
             os.rename(self._temporary, self.folder)
+            if self.carried and (old / self.carried).is_dir():
+                os.rename(old / self.carried, self.folder / self.carried)
             shutil.rmtree(old)
         else:
             os.rename(self._temporary, self.folder)

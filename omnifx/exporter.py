@@ -19,7 +19,7 @@ from omnifx.backends.eager import EagerLowering
 from omnifx.backends.onnx import OPSETS, require_onnx
 from omnifx.bundle import Manifest
 from omnifx.clock import close
-from omnifx.engine_building import build_engines, require_builder
+from omnifx.engine_building import ENGINES, build_engines, require_builder
 from omnifx.errors import ConfigError, ExportError, PlanError
 from omnifx.export_capture import Captured, bind_arguments, capture_for_export, leaves_of_call, varied, verify
 from omnifx.export_files import Job, Place, manifest_of, progress_bar, write_graphs
@@ -87,7 +87,8 @@ def export(
     if target != "onnx":
         require_builder(target, **(engines or {}))
     require_onnx()
-    place = Place(Path(directory), overwrite)
+    # engines of the bundle that is replaced: those that are as they would be built anew are listed again
+    place = Place(Path(directory), overwrite, carried="" if target == "onnx" else ENGINES)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     model = getattr(model, "_orig_mod", model)
     prepared = prepare(

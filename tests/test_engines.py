@@ -49,13 +49,13 @@ class Cast(nn.Module):
         return x.to(self.dtype)
 
 
-def export_toy(folder: Path, dtype: torch.dtype = torch.float32) -> Manifest:
+def export_toy(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Manifest:
     """A bundle of the toy, in some type."""
     model = toy(1).to(dtype)
     model.time = nn.Sequential(Cast(dtype), model.time)  # type: ignore[assignment]
     example = tuple(value.to(dtype) if value.dim() == 4 else value for value in toy_inputs())
     plan = plan_by_hand(model, ("blocks.0.attn", "blocks.0.mlp"), "Fr", timesteps(2))
-    return omnifx.export(model, example, plan, folder, progress=False)
+    return omnifx.export(model, example, plan, folder, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,18 @@ def test_only_what_changed_is_built_again(bundle: Path, monkeypatch: pytest.Monk
     names.clear()
     build_engines(bundle, RTX, compute_capabilities=["8.9"], progress=False)
     assert names == list(first.variants)
+
+
+def test_a_bundle_that_is_replaced_keeps_the_engines_that_are_right(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_engines(bundle, RTX, progress=False)
+    names = count_builds(monkeypatch)
+
+    assert export_toy(bundle, target=RTX, overwrite=True) == first
+    assert names == []
+    assert export_toy(bundle, overwrite=True).engines == {}
+    assert not (bundle / "engines").exists()
 
 
 def test_an_interrupt_ends_a_build_and_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
