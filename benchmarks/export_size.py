@@ -150,12 +150,10 @@ def main(argv: list[str] | None = None) -> None:
         manifest = Manifest.load(folder)
     rows = rows_of(manifest)
     table(rows, f"DiT {arguments.depth} x {arguments.width}, {arguments.dtype}, batch {arguments.batch}")
-    weights = exported["model_weights_bytes"]
     for word, part in (("export", exported), ("build", built)):
         print(f"{word}: {part['seconds']:.0f} s, peak {part['peak_bytes'] / 2**30:.2f} GiB")
-    loaded = exported["peak_bytes_with_the_model_loaded"]
-    most = (exported["peak_bytes"] - loaded + weights) / weights
-    print(f"weights: {weights / 2**20:,.0f} MiB; at its peak the export, with the model, holds {most:.2f} times that")
+    loaded, weights = exported["peak_bytes_with_the_model_loaded"], exported["model_weights_bytes"]
+    print(f"before the export, with the model's {weights / 2**30:.2f} GiB of weights: {loaded / 2**30:.2f} GiB")
     if arguments.out is not None:
         version = manifest.engines["tensorrt-rtx"].builder["version"]
         size_of = {"depth": size[0], "width": size[1], "dtype": size[2], "batch": size[3], "sm": arguments.sm}

@@ -84,11 +84,14 @@ def export(
         from where they are.
     """
     _check_options(target, opset)
-    if target != "onnx":
-        require_builder(target, **(engines or {}))
+    built = target if target == "tensorrt" or target == "tensorrt-rtx" else None
+    if built is not None:
+        require_builder(built, **(engines or {}))
+    elif engines:
+        raise ConfigError(f"export: {', '.join(engines)} is for engines, but the target is {target!r}. Leave it out.")
     require_onnx()
     # engines of the bundle that is replaced: those that are as they would be built anew are listed again
-    place = Place(Path(directory), overwrite, carried="" if target == "onnx" else ENGINES)
+    place = Place(Path(directory), overwrite, carried=ENGINES if built is not None else "")
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     model = getattr(model, "_orig_mod", model)
     prepared = prepare(
@@ -108,8 +111,8 @@ def export(
         manifest = manifest_of(model, prepared.job, chosen, schedule, files, scheduler, opset)
         manifest = with_reference(folder, manifest, prepared.check, schedule)
         manifest.save(folder)
-    if target != "onnx":  # in place: a build that ends early leaves the bundle, and `omnifx build` goes on with it
-        manifest = build_engines(directory, target, progress=progress, **(engines or {}))
+    if built is not None:  # in place: a build that ends early leaves the bundle, and `omnifx build` goes on with it
+        manifest = build_engines(directory, built, progress=progress, **(engines or {}))
     return manifest
 
 

@@ -380,6 +380,11 @@ def test_tensorrt_takes_no_compute_capabilities_and_needs_a_gpu(bundle: Path, mo
         build_engines(bundle, "tensorrt", progress=False)
 
 
+def test_options_of_engines_are_refused_where_none_are_built(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"export: workspace is for engines, but the target is 'onnx'"):
+        omnifx.export(toy(1), toy_inputs(), tmp_path / "none", tmp_path / "b", engines={"workspace": 1})
+
+
 def test_a_missing_package_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(ExportError, match=r"TensorRT-RTX is missing here .*pip install 'omnifx\[tensorrt-rtx\]'"):
