@@ -28,6 +28,7 @@ from omnifx.profile import Profile
 from omnifx.report import MatchReport
 from omnifx.runlog import Stats
 from omnifx.session import generation, plans, stats
+from omnifx.triton_repository import write_triton
 
 __all__ = [
     "BundleError",
@@ -53,4 +54,5 @@ __all__ = [
     "omnicache",
     "plans",
     "stats",
+    "write_triton",
 ]
