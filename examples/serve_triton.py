@@ -1,4 +1,4 @@
-"""Serve the digits DiT, guided, with NVIDIA's Triton Inference Server: export, write a model repository, start a server.
+"""Serve the guided digits DiT with NVIDIA's Triton Inference Server: export, write a model repository, start a server.
 
 Run: python -m examples.serve_triton --out digits-triton
 and, where Triton is not installed, but the package nvidia-pytriton (which carries its binary) is in an environment:
@@ -93,7 +93,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, found: Installation, *, seconds: float = 180) -> Iterator[Server]:
+def serving(repository: Path, found: Installation, *, seconds: float = 300) -> Iterator[Server]:
     """Run a server on this machine's free ports as long as the block lasts; its log is beside the repository."""
     ports = _free_ports(3)
     with tempfile.TemporaryDirectory() as work:

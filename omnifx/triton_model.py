@@ -27,7 +27,7 @@ from omnifx.sampling import Sampler, Sampling, load_function
 from omnifx.triton_repository import BUNDLE, LATENTS, SAMPLER, SEED, STEP
 
 STEPS, SCALE, EVERY = "steps", "guidance_scale", "stream_every"
-"""Parameters of a request: they are no tensors, because Triton gathers only requests with the same tensors into a run."""
+"""Parameters of a request; no tensors, because Triton gathers only requests with the same tensors into a run."""
 
 
 class Cancelled(OmnifxError):
@@ -88,8 +88,9 @@ class TritonPythonModel:
         for request in requests:
             try:
                 orders.append(self._order(request))
-            except OmnifxError as error:
-                self._answer(answers, request, self._pb.InferenceResponse(error=self._pb.TritonError(str(error))))
+            except ConfigError as refusal:
+                error = self._pb.TritonError(str(refusal), self._pb.TritonError.INVALID_ARG)
+                self._answer(answers, request, self._pb.InferenceResponse(error=error))
         for group in _grouped(orders, self._sampler.num_samples):
             for order, response in zip(group, self._responses(group), strict=True):
                 self._answer(answers, order.request, response)

@@ -1,6 +1,6 @@
 """What a client of a Triton server does, run by tests/test_triton.py in an environment that has tritonclient and NumPy.
 
-Run: python tests/triton_client.py HTTP GRPC FOLDER; answers go to FOLDER as `answers.json` and `samples.npz`.
+Run: python tests/triton_client.py JSON; answers go to the folder that it names, as `answers.json` and `samples.npz`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-CLIENTS, EACH = 8, 4
-PLAIN, STREAM = "digits", "digits_stream"
+JOB: dict[str, Any] = json.loads(sys.argv[1])
+CLIENTS, EACH, STEPS, PLAIN, STREAM = (JOB[key] for key in ("clients", "each", "steps", "plain", "stream"))
 
 
 def tensors(kind: Any, values: dict[str, Any]) -> list[Any]:
@@ -67,7 +67,7 @@ def crowd(at_http: str, at_grpc: str) -> list[Any]:
         client = both(at_http, at_grpc)[0 if place % 2 else 1]
         ready.wait()
         numbers = range(place * EACH, (place + 1) * EACH)
-        return [client.infer(PLAIN, ask(kind, client, number) for number in numbers]
+        return [ask(kind, client, number) for number in numbers]
 
     ready = threading.Barrier(CLIENTS)
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -128,5 +128,4 @@ def main(at_http: str, at_grpc: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    STEPS = int(sys.argv[4])
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(JOB["http"], JOB["grpc"], Path(JOB["folder"]))
