@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Generator, Tensor
 
 from omnifx.bundle import CallInput, Manifest, SchedulerInfo
@@ -66,18 +66,18 @@ class Sampling(BaseModel):
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read it from a folder."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = folder / SAMPLING
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            found = cls.model_validate(raw)
+            if (found := raw.get("format")) != FORMAT:
+                raise BundleError(f"{path} has format {found}, but this omnifx reads format {FORMAT}.")
             tensors = load_file(folder / SAMPLING_TENSORS)
-        except (OSError, ValueError, ValidationError) as error:
+            return cls.model_validate(raw).model_copy(update={"tensors": tensors})
+        except (OSError, ValueError, AttributeError, SafetensorError) as error:
             raise BundleError(f"{path} cannot be read: {error}. Write it anew with `omnifx triton`.") from error
-        if found.format != FORMAT:
-            raise BundleError(f"{path} has format {found.format}, but this omnifx reads format {FORMAT}.")
-        return found.model_copy(update={"tensors": tensors})
 
 
 def sampling_of(

@@ -1,7 +1,7 @@
 """A real Triton server on this machine's CPU, asked for digits by a real client, both from the package nvidia-pytriton.
 
-They are in an environment of their own, `.venv-triton` (`make .venv-triton/.installed`), since their packages want other
-versions than ours; another place can be named by OMNIFX_TRITON. What the server runs is this interpreter and checkout.
+They are in an environment of their own, `.venv-triton` (`make .venv-triton/.installed`), since they want other versions
+of packages than we do; OMNIFX_TRITON names another place. What the server runs is this interpreter and checkout.
 """
 
 from __future__ import annotations
