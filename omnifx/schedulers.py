@@ -16,6 +16,8 @@ from omnifx.bundle import SamplerState, SchedulerInfo
 from omnifx.clock import close
 from omnifx.errors import BundleError
 
+_WORDS = {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}
+
 
 def scheduler_info(scheduler: Any, timesteps: Sequence[float]) -> SchedulerInfo:
     """What a manifest says of a scheduler, or of none.
@@ -33,8 +35,8 @@ def scheduler_info(scheduler: Any, timesteps: Sequence[float]) -> SchedulerInfo:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration of diffusers as JSON can hold it."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str))
+    """A configuration of diffusers as JSON can hold it; infinities, which JSON lacks, are words."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str), parse_constant=_WORDS.__getitem__)
     return {key: value for key, value in plain.items() if not key.startswith("_")}
 
 
@@ -53,7 +55,9 @@ def make_scheduler(info: SchedulerInfo) -> Any:
     found = getattr(diffusers, info.name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise BundleError(f"diffusers {diffusers.__version__} has no scheduler {info.name!r}. Install one that has it.")
-    scheduler: Any = found.from_config(dict(info.config))  # type: ignore[attr-defined]
+    words = _WORDS.values()
+    config = {key: float(value) if value in words else value for key, value in info.config.items()}
+    scheduler: Any = found.from_config(config)  # type: ignore[attr-defined]
     state = info.state
     # Any shift will do where sigmas were written down: they replace those that it gives.
     more = {"mu": 0.0} if info.config.get("use_dynamic_shifting") and state is not None and state.sigmas else {}

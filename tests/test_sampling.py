@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import omnifx
 from omnifx.bundle import Manifest, SchedulerInfo
 from omnifx.bundle_runner import BundleRunner
 from omnifx.errors import BundleError, ConfigError
 from omnifx.sampling import Sampler, SampleRequest, Sampling, load_function, sample, sampling_of
 from omnifx.schedulers import make_scheduler, scheduler_info
-from tests.exporting import in_torch, plan_by_hand
-from tests.toys import distance, noise, toy, toy_inputs
-
-PATTERN = "FrFr"
-BATCH = 4
-LABELS, TEXTS, NEGATIVES = torch.tensor([1, 5, 8, 2]), noise(4, 5, 8, seed=1), noise(4, 5, 8, seed=2)
-
-
-def made(name: str, **config: Any) -> Any:
-    """A scheduler of diffusers, set up for a few steps."""
-    scheduler = getattr(diffusers, name)(**config)
-    scheduler.set_timesteps(len(PATTERN))
-    return scheduler
-
-
-@cache
-def model() -> nn.Module:
-    return toy(2, text=8)
-
-
-@cache
-def runner(scheduler: str = "DDIMScheduler", pattern: str = PATTERN) -> BundleRunner:
-    """A toy's bundle for the timesteps of a scheduler, run in PyTorch."""
-    example = toy_inputs(BATCH, text=8)
-    names = tuple(branch.name for branch in omnifx.explain(model(), *example).branches if branch.cacheable)
-    plan = plan_by_hand(model(), names, pattern, [float(t) for t in made(scheduler).timesteps])
-    return in_torch(model(), example, plan)
-
-
-def sampler(scheduler: str = "DDIMScheduler", pattern: str = PATTERN, **options: Any) -> Sampler:
-    found = runner(scheduler, pattern)
-    return Sampler(found, sampling_of(found.manifest, scheduler=made(scheduler), **options))
+from tests.sampled import BATCH, LABELS, NEGATIVES, TEXTS, made, model, runner, sampler
+from tests.toys import distance, noise
 
 
 def run(found: Sampler, rows: list[int], *, scale: float = 2.0) -> Tensor:
@@ -157,14 +126,12 @@ def test_progress_is_told_after_each_step() -> None:
 
 def test_a_learned_variance_is_left_out() -> None:
     class Both(BundleRunner):
-        def __init__(self) -> None:
-            self.__dict__ = dict(runner().__dict__)
-
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return (torch.cat([super().__call__(*args, **kwargs), torch.ones(BATCH, 4, 8, 8)], dim=1),)
 
     found = sampler()
-    assert distance(run(Sampler(Both(), found.sampling), [0]), run(found, [0])) == 0
+    both = Both(runner().manifest, runner().engine, runner()._constants)
+    assert distance(run(Sampler(both, found.sampling), [0]), run(found, [0])) == 0
 
 
 # -- a sampler of one's own --------------------------------------------------------------------------------------------
@@ -212,9 +179,8 @@ def test_a_sampler_that_fails_says_how_and_holds_nothing() -> None:
 
 
 def shifted(name: str) -> Any:
-    scheduler = getattr(diffusers, name)(
-        use_dynamic_shifting=True, **({"use_flow_sigmas": True} if "Uni" in name else {})
-    )
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if "Uni" in name else {}
+    scheduler = getattr(diffusers, name)(use_dynamic_shifting=True, **flow)
     scheduler.set_timesteps(4, mu=0.7)
     return scheduler
 
@@ -226,19 +192,19 @@ def with_sigmas() -> Any:
 
 
 @pytest.mark.parametrize(
-    "scheduler",
+    "make",
     [
-        made("DDIMScheduler", timestep_spacing="trailing"),
-        made("DPMSolverMultistepScheduler", use_karras_sigmas=True),
-        made("HeunDiscreteScheduler"),
-        with_sigmas(),
-        shifted("FlowMatchEulerDiscreteScheduler"),
-        shifted("UniPCMultistepScheduler"),
+        partial(made, "DDIMScheduler", timestep_spacing="trailing"),
+        partial(made, "DPMSolverMultistepScheduler", use_karras_sigmas=True),
+        partial(made, "HeunDiscreteScheduler"),
+        with_sigmas,
+        partial(shifted, "FlowMatchEulerDiscreteScheduler"),
+        partial(shifted, "UniPCMultistepScheduler"),
     ],
-    ids=lambda scheduler: type(scheduler).__name__,
 )
 @pytest.mark.parametrize("factor", [1.0, 0.001])
-def test_a_scheduler_is_set_up_again_as_it_was(scheduler: Any, factor: float) -> None:
+def test_a_scheduler_is_set_up_again_as_it_was(make: Callable[[], Any], factor: float) -> None:
+    scheduler = make()
     seen = [float(t) * factor for t in scheduler.timesteps]
 
     info = SchedulerInfo.model_validate_json(scheduler_info(scheduler, seen).model_dump_json())
