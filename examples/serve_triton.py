@@ -1,8 +1,9 @@
-"""Serve the guided digits DiT with NVIDIA's Triton Inference Server: export, write a model repository, start a server.
+"""Start NVIDIA's Triton Inference Server on this machine, without a container: the package nvidia-pytriton carries it.
 
-Run: python -m examples.serve_triton --out digits-triton
-and, where Triton is not installed, but the package nvidia-pytriton (which carries its binary) is in an environment:
-     python -m examples.serve_triton --out digits-triton --serve .venv-triton
+The package is in an environment of its own, since it asks for other versions of packages than we do; what the server
+runs is this interpreter, with its packages. In NVIDIA's container none of this is needed: docs/deploy_triton.md.
+
+Run: python -m examples.serve_triton --models models --environment .venv-triton
 """
 
 import argparse
@@ -20,37 +21,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import DDIMScheduler
-from torch import Tensor
-
-import omnifx
-from examples.digits.models import NULL_CLASS, load_dit
-from examples.digits.sampling import NOISE_SCHEDULE, sample_dit
-
-SAMPLES = 4  # of one run; with guidance in one call, the batch is twice that
-SCALE = 2.0
-
-
-def make(steps: int = 50) -> tuple[Any, dict[str, Tensor], Any]:
-    """What `omnifx export` asks for: a model, one call's arguments, and the scheduler that the steps belong to."""
-    scheduler: Any = DDIMScheduler(clip_sample=True, **NOISE_SCHEDULE)
-    scheduler.set_timesteps(steps)
-    labels = torch.cat([torch.full((SAMPLES,), NULL_CLASS), torch.arange(SAMPLES)])
-    noise = torch.randn(2 * SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return (
-        load_dit(),
-        {"hidden_states": noise, "timestep": torch.full((len(labels),), 500), "class_labels": labels},
-        scheduler,
-    )
-
-
-def generate(model: Any, seed: int, steps: int = 50) -> Tensor:
-    """One generation, as a run of the server makes it."""
-    seeds = range(SAMPLES * seed, SAMPLES * (seed + 1))
-    return sample_dit(model, seeds=seeds, labels=torch.arange(SAMPLES), steps=steps, cfg=SCALE)
 
 
 @dataclass(frozen=True)
@@ -155,38 +125,25 @@ def _free_ports(count: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for bundle and repository; without it, they are thrown away")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--models", type=Path, default=Path("models"), help="what `omnifx triton --out` wrote")
     parser.add_argument(
-        "--serve", type=Path, metavar="ENVIRONMENT", help="serve until interrupted, with nvidia-pytriton"
+        "--environment", type=Path, default=Path(".venv-triton"), help="where nvidia-pytriton is installed"
     )
-    parser.add_argument("--smoke", action="store_true", help="few steps")
+    parser.add_argument("--smoke", action="store_true", help="only tell whether a server could be started")
     arguments = parser.parse_args()
-    steps = 4 if arguments.smoke else arguments.steps
-    folder = arguments.out or Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
 
-    model, example, scheduler = make(steps)
-    profile = omnifx.calibrate(
-        model, lambda denoiser, seed: generate(denoiser, seed, steps), policy="fora", options={"lowering": "eager"}
-    )
-    plan = omnifx.make_plan(profile, policy="fora")
-    omnifx.export(model, example, plan, folder / "bundle", scheduler=scheduler, overwrite=True)
-    written = omnifx.write_triton(
-        folder / "bundle", folder / "models", name="digits", guidance="one-call", guidance_scale=SCALE, overwrite=True
-    )
-    print((written / "config.pbtxt").read_text())
-    print(f"in a container: tritonserver --model-repository={folder / 'models'}")
-
-    if arguments.serve is not None:
-        found = Installation.find(arguments.serve)
-        if isinstance(found, str):
-            parser.exit(2, f"{found}\n")
-        with serving(folder / "models", found) as server:
+    found = Installation.find(arguments.environment)
+    if arguments.smoke:
+        print(found)
+    elif isinstance(found, str):
+        parser.exit(2, f"{found}\n")
+    elif not arguments.models.is_dir():
+        parser.exit(2, f"there is no folder {arguments.models}; write one with `omnifx triton`\n")
+    else:
+        with serving(arguments.models.resolve(), found) as server, contextlib.suppress(KeyboardInterrupt):
             print(f"http {server.http}, grpc {server.grpc}, metrics {server.metrics}/metrics; log: {server.log}")
-            with contextlib.suppress(KeyboardInterrupt):
-                while True:
-                    time.sleep(1)
+            while True:
+                time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from omnifx.bundle_loading import Runtime
 from omnifx.errors import ConfigError
 from omnifx.sampling import Guidance
 from omnifx.triton_repository import write_triton
@@ -52,6 +53,7 @@ def command(load: Load) -> Callable[..., None]:
         stream: Annotated[
             bool, typer.Option("--stream", help="Requests may ask for steps on the way; only gRPC streams then.")
         ] = False,
+        runtime: Annotated[Runtime, typer.Option(help="Of omnifx.load_bundle.")] = "onnxruntime",
         device: Annotated[Literal["cpu", "gpu"], typer.Option(help="Where instances run.")] = "cpu",
         instances: Annotated[int, typer.Option(help="Processes with a bundle each, on each device.")] = 1,
         threads: Annotated[int, typer.Option(help="Of each instance; 0: as many as the runtime wants.")] = 0,
@@ -74,6 +76,7 @@ def command(load: Load) -> Callable[..., None]:
             fixed=load_file(fixed) if fixed is not None else None,
             sampler=sampler,
             stream=stream,
+            runtime=runtime,
             device=device,
             instances=instances,
             threads=threads,

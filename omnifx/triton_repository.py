@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from omnifx.bundle import MANIFEST, Manifest
+from omnifx.bundle_loading import Runtime
 from omnifx.errors import ConfigError
 from omnifx.sampling import (
     Guidance,
@@ -75,7 +76,7 @@ def write_triton(
     fixed: Mapping[str, Tensor] | None = None,
     sampler: str | Path | None = None,
     stream: bool = False,
-    runtime: str = "onnxruntime",
+    runtime: Runtime = "onnxruntime",
     device: Literal["cpu", "gpu"] = "cpu",
     instances: int = 1,
     threads: int = 0,
@@ -116,7 +117,7 @@ def write_triton(
     """
     folder, place = Path(bundle), Path(repository)
     name = folder.resolve().name if name is None else name
-    _check_options(name, device, instances, threads, max_delay_ms)
+    _check_options(name, runtime, device, instances, threads, max_delay_ms)
     manifest = Manifest.load(folder)
     if sampler is not None:
         load_function(Path(sampler))
@@ -157,9 +158,11 @@ def write_triton(
     return target
 
 
-def _check_options(name: str, device: str, instances: int, threads: int, max_delay_ms: float) -> None:
+def _check_options(name: str, runtime: str, device: str, instances: int, threads: int, max_delay_ms: float) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ConfigError(f"triton: a model's name has letters, digits, '_', '-' and '.', got {name!r}. Give name=.")
+    if runtime not in get_args(Runtime):
+        raise ConfigError(f"triton: runtime must be one of {list(get_args(Runtime))}, got {runtime!r}.")
     if device not in ("cpu", "gpu"):
         raise ConfigError(f"triton: device must be 'cpu' or 'gpu', got {device!r}.")
     if not isinstance(instances, int) or instances < 1:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 import omnifx
-from examples.digits.models import load_classifier
-from examples.serve_triton import SAMPLES, SCALE, Installation, generate, make, serving
+from examples.digits.models import NULL_CLASS, load_classifier, load_dit
+from examples.digits.sampling import sample_dit
+from examples.export_onnx import scheduler_of
+from examples.serve_triton import Installation, serving
 from tests.exporting import needs_onnx, plan_by_hand
 
 needs_onnx()
@@ -33,6 +35,8 @@ PATTERN = "FrFrFrFrFrFr"
 STEPS, CLIENTS, EACH = len(PATTERN), 8, 4
 NUMBERS = range(CLIENTS * EACH)
 PLAIN, STREAM = "digits", "digits_stream"
+SAMPLES, SCALE = 4, 2.0  # of a run, whose batch is twice that: guidance is one call
+LABELS = torch.arange(SAMPLES)
 
 
 @dataclass
@@ -54,7 +58,12 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
         pytest.skip(f"no Triton server: {found}; `make .venv-triton/.installed` makes one (Linux on x86_64)")
     folder = tmp_path_factory.mktemp("triton")
     bundle, models = folder / "bundle", folder / "models"
-    model, example, scheduler = make(STEPS)
+    model, scheduler = load_dit(), scheduler_of(STEPS)
+    example = {
+        "hidden_states": torch.randn(2 * SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.full((2 * SAMPLES,), 500),
+        "class_labels": torch.cat([torch.full_like(LABELS, NULL_CLASS), LABELS]),
+    }
     names = [branch.name for branch in omnifx.explain(model, **example).branches if branch.cacheable]
     plan = plan_by_hand(model, names, PATTERN, [float(t) for t in scheduler.timesteps])
     omnifx.export(model, example, plan, bundle, scheduler=scheduler, progress=False)
@@ -95,7 +104,7 @@ def test_eight_clients_at_once_get_what_each_gets_alone(asked: Asked) -> None:
 
 def test_the_server_samples_as_the_bundle_does_elsewhere(asked: Asked) -> None:
     runner = omnifx.load_bundle(asked.bundle)
-    plain = generate(runner, 25, STEPS)  # seeds 100 to 103, labels 0 to 3, in one run
+    plain = sample_dit(runner, seeds=range(100, 104), labels=LABELS, steps=STEPS, cfg=SCALE)
 
     assert asked.samples["lone_0"].dtype == np.float32
     for n in (0, 1, 2):  # 3 is guided otherwise

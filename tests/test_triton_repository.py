@@ -184,6 +184,7 @@ def test_an_interrupted_writing_leaves_nothing(bundle: Path, tmp_path: Path, mon
     ("options", "message"),
     [
         ({"name": "a/b"}, "a model's name has letters"),
+        ({"runtime": "tflite"}, r"runtime must be one of \['onnxruntime'.*\], got 'tflite'"),
         ({"device": "tpu"}, "device must be 'cpu' or 'gpu', got 'tpu'"),
         ({"instances": 0}, "instances must be a number >= 1, got 0"),
         ({"threads": -1}, "threads must be a number >= 0, got -1"),
