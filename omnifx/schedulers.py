@@ -57,7 +57,7 @@ def make_scheduler(info: SchedulerInfo) -> Any:
         raise BundleError(f"diffusers {diffusers.__version__} has no scheduler {info.name!r}. Install one that has it.")
     words = _WORDS.values()
     config = {key: float(value) if value in words else value for key, value in info.config.items()}
-    scheduler: Any = found.from_config(config)  # type: ignore[attr-defined]
+    scheduler: Any = found.from_config(config)
     state = info.state
     # Any shift will do where sigmas were written down: they replace those that it gives.
     more = {"mu": 0.0} if info.config.get("use_dynamic_shifting") and state is not None and state.sigmas else {}

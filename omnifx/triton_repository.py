@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -186,6 +186,17 @@ def _write(written: Path, folder: Path, config: Config, sampler: Path | None) ->
         shutil.copyfile(folder / path, version / BUNDLE / path)
 
 
+class Port(NamedTuple):
+    """A tensor of a request or of an answer."""
+
+    name: str
+    kind: str
+    """Triton's word for its type."""
+    shape: tuple[int, ...]
+    """Of one sample's row."""
+    optional: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A model's `config.pbtxt`."""
@@ -226,31 +237,31 @@ class Config:
         ]
         return "\n".join(lines) + "\n"
 
-    def _inputs(self) -> list[tuple[str, str, Sequence[int], bool]]:
-        sampling, found = self.sampling, [(SEED, "TYPE_INT64", (1,), False)]
-        for name in sampling.inputs:
-            found.append((name, *self._row(name), False))
-        for name in sampling.negative:
-            found.append((f"negative_{name}", *self._row(name), f"negative.{name}" in sampling.tensors))
-        names = [each[0] for each in found]
+    def _inputs(self) -> list[Port]:
+        found = [Port(SEED, "TYPE_INT64", (1,))]
+        for name in self.sampling.inputs:
+            found.append(Port(name, *self._row(name)))
+        for name in self.sampling.negative:
+            stored = f"negative.{name}" in self.sampling.tensors
+            found.append(Port(f"negative_{name}", *self._row(name), optional=stored))
+        names = [each.name for each in found]
         if twice := sorted({each for each in names if names.count(each) > 1}):
             raise ConfigError(f"triton: {twice[0]} is both an argument of the model and a tensor of every request.")
         return found
 
-    def _outputs(self) -> list[tuple[str, str, Sequence[int], bool]]:
-        shape = latents_of(self.manifest)[1].shape[1:] or (1,)
-        found = [(LATENTS, "TYPE_FP32", shape, False)]
-        return [*found, (STEP, "TYPE_INT32", (1,), False)] if self.stream else found
+    def _outputs(self) -> list[Port]:
+        found = [Port(LATENTS, "TYPE_FP32", latents_of(self.manifest)[1].shape[1:] or (1,))]
+        return [*found, Port(STEP, "TYPE_INT32", (1,))] if self.stream else found
 
-    def _row(self, name: str) -> tuple[str, Sequence[int]]:
+    def _row(self, name: str) -> tuple[str, tuple[int, ...]]:
         return _TYPES[self.manifest.call.inputs[name].dtype], row_shape(self.manifest, name) or (1,)
 
 
-def _tensors(word: str, found: Sequence[tuple[str, str, Sequence[int], bool]]) -> list[str]:
+def _tensors(word: str, ports: Sequence[Port]) -> list[str]:
     lines = [
-        f'  {{ name: "{name}" data_type: {kind} dims: [ {", ".join(map(str, shape))} ]'
-        + (" optional: true }" if optional else " }")
-        for name, kind, shape, optional in found
+        f'  {{ name: "{port.name}" data_type: {port.kind} dims: [ {", ".join(map(str, port.shape))} ]'
+        + (" optional: true }" if port.optional else " }")
+        for port in ports
     ]
     return [f"{word} [", ",\n".join(lines), "]"]
 
