@@ -1,7 +1,7 @@
 """The model that Triton's Python backend runs: requests in, runs of a bundle, samples out.
 
-`write_triton` writes a repository whose `model.py` imports `TritonPythonModel` from here. Triton makes one for each
-instance, in a process of its own, and calls it with all requests that it has gathered.
+`write_triton` writes a repository whose `model.py` makes a `BundleModel` for each instance of Triton's, in a process of
+its own, and calls it with all requests that Triton has gathered.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ class Order:
     """Steps from one response to the next; 0: only the last."""
 
 
-class TritonPythonModel:
-    """A bundle behind Triton's Python backend; its methods are those that the backend calls."""
+class BundleModel:
+    """A bundle behind Triton's Python backend; it is loaded, and its reference replayed.
 
-    def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the bundle, and replay its reference.
+    Args:
+        args: What the backend tells of an instance.
 
-        Raises: BundleError, ConfigError: Triton then serves no such model, and shows the message.
-        """
+    Raises: BundleError, ConfigError: Triton then serves no such model, and shows the message.
+    """
+
+    def __init__(self, args: Mapping[str, str]) -> None:
         import triton_python_backend_utils as pb  # only the server has it
 
         self._pb = pb
@@ -329,4 +331,4 @@ def _check(runner: BundleRunner) -> None:
         )
 
 
-__all__ = ["TritonPythonModel"]
+__all__ = ["BundleModel"]

@@ -48,12 +48,19 @@ _MODEL = '''"""Written by omnifx: what Triton's Python backend loads. The work i
 
 import locale
 
-if "utf" not in locale.getpreferredencoding(False).lower():
-    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # a server may start this in ASCII, which torch cannot be read in
 
-from omnifx.triton_model import TritonPythonModel
+class TritonPythonModel:
+    """A bundle, imported when it is wanted: Triton also loads this file only to look at it."""
 
-__all__ = ["TritonPythonModel"]
+    def initialize(self, args):
+        if "utf" not in locale.getpreferredencoding(False).lower():
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # servers start this in ASCII; torch cannot be read in that
+        from omnifx.triton_model import BundleModel
+
+        self.bundle = BundleModel(args)
+
+    def execute(self, requests):
+        return self.bundle.execute(requests)
 '''
 
 _TYPES = {

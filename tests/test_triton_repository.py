@@ -22,7 +22,7 @@ from omnifx.cli import app
 from omnifx.cli_triton import write_beside
 from omnifx.errors import BundleError, ConfigError
 from omnifx.sampling import Sampler, SampleRequest, sample
-from omnifx.triton_model import TritonPythonModel
+from omnifx.triton_model import BundleModel
 from tests.sampled import BATCH, LABELS, NEGATIVES, PATTERN, TEXTS, made, model, runner, sampler
 from tests.toys import distance, toy_inputs
 
@@ -242,7 +242,7 @@ no_metrics.COUNTER = no_metrics.GAUGE = 0  # type: ignore[attr-defined]
 
 
 @pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., TritonPythonModel]:
+def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., BundleModel]:
     """A model as Triton makes it, on a server without metrics, with a sampling loop."""
     pb = SimpleNamespace(
         get_input_tensor_by_name=lambda request, name: (
@@ -260,14 +260,13 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Tr
     pb.TritonError.CANCELLED, pb.TritonError.INVALID_ARG = "CANCELLED", "INVALID_ARG"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb)
 
-    def make(function: Any = None) -> TritonPythonModel:
+    def make(function: Any = None) -> BundleModel:
         found = sampler(guidance="one-call", negative={"text": None})
         folder = tmp_path / "model" / "1"
         folder.mkdir(parents=True)
         found.sampling.save(folder)
         monkeypatch.setattr(triton_model, "load_bundle", lambda *args, **options: found.runner)
-        served = TritonPythonModel()
-        served.initialize(
+        served = BundleModel(
             {
                 "model_config": "{}",
                 "model_name": "model",
@@ -284,13 +283,13 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Tr
     return make
 
 
-def answers(served: TritonPythonModel, *requests: Request) -> list[Any]:
+def answers(served: BundleModel, *requests: Request) -> list[Any]:
     found = served.execute(requests)
     assert found is not None
     return [response.error or response.latents for response in found]
 
 
-def test_a_bad_request_leaves_its_neighbours_alone(serving: Callable[..., TritonPythonModel]) -> None:
+def test_a_bad_request_leaves_its_neighbours_alone(serving: Callable[..., BundleModel]) -> None:
     served = serving()
     alone = [answers(served, Request(row))[0] for row in (0, 1, 2)]
 
@@ -322,7 +321,7 @@ def test_a_bad_request_leaves_its_neighbours_alone(serving: Callable[..., Triton
     assert distance(got[8], alone[2]) == 0, "a scale of 1 is what requests get by default"
 
 
-def test_a_run_that_nobody_waits_for_ends_early(serving: Callable[..., TritonPythonModel]) -> None:
+def test_a_run_that_nobody_waits_for_ends_early(serving: Callable[..., BundleModel]) -> None:
     served = serving()
     before = served._sampler.runner.stats.calls
     left = iter([False, True])
@@ -336,7 +335,7 @@ def test_a_run_that_nobody_waits_for_ends_early(serving: Callable[..., TritonPyt
     assert all(isinstance(each, Tensor) for each in patient), "one still waits"
 
 
-def test_a_sampler_that_fails_fails_its_own_run_only(serving: Callable[..., TritonPythonModel]) -> None:
+def test_a_sampler_that_fails_fails_its_own_run_only(serving: Callable[..., BundleModel]) -> None:
     def picky(found: BundleRunner, request: SampleRequest) -> Tensor:
         if 12 in request.seeds:
             raise KeyError("no such thing")
