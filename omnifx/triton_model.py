@@ -45,6 +45,8 @@ class Order:
     scale: Tensor
     every: int = 0
     """Steps from one response to the next; 0: only the last."""
+    sent: int = 0
+    """The last step of which a response was sent."""
 
 
 class BundleModel:
@@ -162,12 +164,33 @@ class BundleModel:
     # -- a run ---------------------------------------------------------------------------------------------------------
 
     def _responses(self, orders: Sequence[Order]) -> Iterator[Any]:
-        """Make the samples of some orders in one run; a response for each."""
-        bounds = [0]
-        for order in orders:
-            bounds.append(bounds[-1] + len(order.seeds))
-        names, negatives = orders[0].inputs, orders[0].negative
+        """Make the samples of some orders in one run; a response for each.
+
+        Where a run of several fails, each gets a run of its own, since one may hold what the graphs refuse (a label
+        that there is not).
+        """
         pb = self._pb
+        bounds = [0, *itertools.accumulate(len(order.seeds) for order in orders)]
+        try:
+            made = self._run(orders, bounds)
+        except Cancelled:
+            error = pb.TritonError("cancelled before its last step", pb.TritonError.CANCELLED)
+            yield from (pb.InferenceResponse(error=error) for _ in orders)
+        except OmnifxError as refusal:
+            if len(orders) > 1:
+                for order in orders:
+                    yield from self._responses([order])
+                return
+            pb.Logger.log_error(f"omnifx: {refusal}")
+            yield pb.InferenceResponse(error=pb.TritonError(str(refusal)))
+        else:
+            for start, stop in itertools.pairwise(bounds):
+                yield self._response(made[start:stop], len(self._sampler.runner.manifest.steps))
+
+    def _run(self, orders: Sequence[Order], bounds: Sequence[int]) -> Tensor:
+        """The samples of some orders, one below the other."""
+        names, negatives = orders[0].inputs, orders[0].negative
+        finished = 0
         try:
             made = self._sampler.run(
                 seeds=[seed for order in orders for seed in order.seeds],
@@ -176,18 +199,10 @@ class BundleModel:
                 guidance_scale=torch.cat([order.scale for order in orders]),
                 progress=lambda step, latents: self._after_step(orders, bounds, step, latents),
             )
-        except Cancelled:
-            error = pb.TritonError("cancelled before its last step", pb.TritonError.CANCELLED)
-            yield from (pb.InferenceResponse(error=error) for _ in orders)
-            return
-        except OmnifxError as refusal:
-            pb.Logger.log_error(f"omnifx: {refusal}")
-            yield from (pb.InferenceResponse(error=pb.TritonError(str(refusal))) for _ in orders)
-            return
+            finished = bounds[-1]
         finally:
-            self._metrics.count(bounds[-1], self._sampler.num_samples)
-        for start, stop in itertools.pairwise(bounds):
-            yield self._response(made[start:stop], len(self._sampler.runner.manifest.steps))
+            self._metrics.count(finished, self._sampler.num_samples)
+        return made
 
     def _after_step(self, orders: Sequence[Order], bounds: Sequence[int], step: int, latents: Tensor) -> None:
         """What is due between two steps: responses to those who look on, and an end if nobody waits."""
@@ -195,9 +210,11 @@ class BundleModel:
             self._metrics.hold()
         if step == len(self._sampler.runner.manifest.steps):
             return
-        for order, start, stop in zip(orders, bounds, bounds[1:], strict=False):
-            if order.every and step % order.every == 0 and not order.request.is_cancelled():
+        for order, (start, stop) in zip(orders, itertools.pairwise(bounds), strict=True):
+            due = order.every and step % order.every == 0 and step > order.sent
+            if due and not order.request.is_cancelled():
                 order.request.get_response_sender().send(self._response(latents[start:stop], step))
+                order.sent = step
         if all(order.request.is_cancelled() for order in orders):
             raise Cancelled("every request of the run was cancelled")
 
@@ -260,15 +277,16 @@ class Metrics:
         self._metrics["cache_bytes"].set(self._runner.stats.held_bytes)
 
     def count(self, samples: int, places: int) -> None:
-        """A run is over."""
+        """A run is over; `samples` is 0 if it failed."""
         stats = self._runner.stats
         for name, number in (stats.runs - self._seen).items():
             self._graphs[name].increment(number)
         self._seen = stats.runs
         self._metrics["cache_bytes"].set(stats.held_bytes)
-        self._metrics["generations_total"].increment(1)
-        self._metrics["samples_total"].increment(samples)
-        self._metrics["empty_places_total"].increment(places - samples)
+        if samples:
+            self._metrics["generations_total"].increment(1)
+            self._metrics["samples_total"].increment(samples)
+            self._metrics["empty_places_total"].increment(places - samples)
 
 
 class NoMetrics:

@@ -129,6 +129,7 @@ def test_what_it_generates_are_the_digits_that_were_asked_for(asked: Asked) -> N
         ("rows", r"INVALID_ARGUMENT.*batch size does not match other inputs"),
         ("too many", r"\[400\].*batch-size must be <= 4"),
         ("type", r"\[400\].*data-type is 'FP32', but model 'digits' expects 'INT64'"),
+        ("label", r"\[500\] sampling: the sampler failed with .*out of data bounds, idx=99"),
         ("unknown", r"INVALID_ARGUMENT.*unexpected inference input 'prompt'"),
         ("steps", r"\[400\] steps is 13, but the bundle was made for 12: .* Leave steps out"),
         ("scale", r"INVALID_ARGUMENT\] the parameter guidance_scale must be a finite number, got 'much'"),
@@ -164,9 +165,9 @@ def test_metrics_count_graphs_samples_and_bytes(asked: Asked) -> None:
     assert samples == 2 * len(NUMBERS) + 4
     assert lone + rest + len(NUMBERS) / SAMPLES <= runs <= lone + rest + len(NUMBERS) / 2, "few requests shared runs"
     assert asked.metrics["omnifx_empty_places_total", one] == SAMPLES * runs - samples
-    reference = {"full": 1, "reuse": 1, "reuse.conditions": 1}  # what the check at the start ran
+    more = {"full": 1, "reuse": 1, "reuse.conditions": 1}  # what the check at the start ran
     for graph, steps in (("full", "F"), ("reuse", "r"), ("reuse.conditions", "r")):
-        expected = PATTERN.count(steps) * runs + reference[graph]
+        expected = PATTERN.count(steps) * runs + more[graph]
         assert asked.metrics["omnifx_graph_runs_total", graph] == expected
     assert asked.metrics["omnifx_cache_bytes", one] == 0, "nothing is held between generations"
     assert asked.metrics["omnifx_weights_bytes", one] == (asked.bundle / "weights.bin").stat().st_size

@@ -108,6 +108,7 @@ def main(at_http: str, at_grpc: str, folder: Path) -> None:
         "rows": refusal(g, grpc, {**good, "class_labels": np.zeros((2, 1), np.int64)}),
         "too many": refusal(h, http, {key: np.repeat(value, 5, axis=0) for key, value in good.items()}),
         "type": refusal(h, http, {**good, "class_labels": np.zeros((1, 1), np.float32)}),
+        "label": refusal(h, http, {**good, "class_labels": np.array([[99]])}),
         "unknown": refusal(g, grpc, {**good, "prompt": np.zeros((1, 1), np.int64)}),
         "steps": refusal(h, http, good, parameters={"steps": STEPS + 1}),
         "scale": refusal(g, grpc, good, parameters={"guidance_scale": "much"}),
