@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="only tell whether a server could be started")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end like Ctrl-C: the server must not stay behind
 
     found = Installation.find(arguments.environment)
     if arguments.smoke:
