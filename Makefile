@@ -16,6 +16,8 @@ PIP_INSTALL := -m pip --disable-pip-version-check install --quiet -c constraints
 PACKAGES := omnifx passes backends
 SOURCES := $(shell find $(PACKAGES) -name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name '*.j2' -o -name py.typed \) -print)
 PYTEST_ARGS ?= -n 2
+# A Triton server and its client, for tests/test_triton.py, which skips without; there is one for this platform only.
+TRITON := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv-triton/.installed)
 
 .PHONY: help demo test test-slow zoo check format lint typecheck examples pages wheel wheel-venv clean clean-venv preflight
 
@@ -25,7 +27,7 @@ help: ## list the targets
 demo: .venv/.installed ## run the tour; pictures and numbers go to demo-output/
 	$(BIN)/omnifx demo --out demo-output
 
-test: .venv/.installed ## the fast tests; one file: make test PYTEST_ARGS=tests/passes/test_read_cuts.py
+test: .venv/.installed $(TRITON) ## the fast tests; one file: make test PYTEST_ARGS=tests/passes/test_read_cuts.py
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: .venv/.installed ## the tests on real models
@@ -68,7 +70,7 @@ clean: clean-venv ## remove everything that make made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## remove the virtual environments only
-	rm -rf .venv .venv-wheel
+	rm -rf .venv .venv-triton .venv-wheel
 
 preflight:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -93,6 +95,14 @@ endef
 	$(call make_venv,.venv)
 	$(BIN)/python $(PIP_INSTALL) -e '.[dev,examples]'
 	$(BIN)/python $(PIP_INSTALL) -e '.[tensorrt-rtx]' || echo "make: no TensorRT-RTX for this machine; its tests are skipped" >&2
+	touch $@
+
+# Of nvidia-pytriton only the server is wanted, not the versions of NumPy and others that its own code asks for.
+.venv-triton/.installed: constraints.txt | preflight
+	rm -rf .venv-triton
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python $(PIP_INSTALL) 'tritonclient[grpc,http]'
+	.venv-triton/bin/python $(PIP_INSTALL) --no-deps nvidia-pytriton
 	touch $@
 
 .venv-wheel/.torch: constraints.txt | preflight

@@ -29,6 +29,7 @@ from omnifx.profile import Profile
 from omnifx.report import MatchReport
 from omnifx.runlog import Stats
 from omnifx.session import generation, plans, stats
+from omnifx.triton_repository import write_triton
 
 __all__ = [
     "BundleError",
@@ -55,4 +56,5 @@ __all__ = [
     "omnicache",
     "plans",
     "stats",
+    "write_triton",
 ]

@@ -215,12 +215,24 @@ class PolicyInfo(_Strict):
     notes: tuple[str, ...] = ()
 
 
+class SamplerState(_Strict):
+    """What a scheduler's `set_timesteps` left: with class and configuration, all that it takes to sample alike."""
+
+    num_steps: int = Field(ge=1)
+    timesteps: tuple[FiniteFloat, ...]
+    """Its own, which a pipeline may scale for the model."""
+    sigmas: tuple[FiniteFloat, ...] = ()
+    """One more than timesteps, for schedulers that have them."""
+
+
 class SchedulerInfo(_Strict):
     """The sampler that the steps belong to."""
 
     name: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
     timesteps: tuple[FiniteFloat, ...] = Field(min_length=1)
+    """As the model sees them."""
+    state: SamplerState | None = None
 
 
 class LayerSummary(_Strict):
@@ -506,6 +518,7 @@ __all__ = [
     "PolicyInfo",
     "Producer",
     "Run",
+    "SamplerState",
     "SchedulerInfo",
     "Source",
     "Step",

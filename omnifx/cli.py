@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from typer.core import TyperGroup
 
 import omnifx
-from omnifx import cli_bench, cli_build
+from omnifx import cli_bench, cli_build, cli_triton
 from omnifx import demo as demos
 from omnifx.bundle import Manifest, contents
 from omnifx.errors import ConfigError, OmnifxError
@@ -263,7 +263,10 @@ def plan(
 @app.command()
 def export(
     target_model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="module:factory or file.py:factory returning (model, arguments).")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="module:factory or file.py:factory returning (model, arguments[, scheduler])."
+        ),
     ],
     plan: Annotated[Path, typer.Option(help="What `omnifx plan --out` wrote for this model, at this size.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must be new, or empty.")],
@@ -290,25 +293,33 @@ def export(
     sm: cli_build.Capabilities = "",
     workspace: cli_build.Workspace = None,
     timing_cache: cli_build.TimingCache = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="Also a model repository for Triton, without guidance; more: `omnifx triton`.")
+    ] = None,
 ) -> None:
     """Write a model with its plan as a bundle: static graphs and a schedule, for runtimes without PyTorch.
 
     `arguments` are those of one call, by name or in order; their shapes and types are those that the bundle will take.
+    A third value, a scheduler of diffusers on which set_timesteps was called, is written down for who samples.
     """
     from omnifx.exporter import export as write
 
     made = _load_object(target_model)()
-    pair = isinstance(made, tuple) and len(made) == 2
-    if not (pair and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping | tuple | list)):
+    fits = isinstance(made, tuple) and len(made) in (2, 3)
+    if not (fits and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping | tuple | list)):
         raise ConfigError(
-            f"export: {target_model}() returned {_described(made)}, expected (model, a call's arguments)."
+            f"export: {target_model}() returned {_described(made)}, expected (model, a call's arguments), or these two "
+            "and a scheduler."
         )
+    if triton is not None and len(made) == 2:
+        raise ConfigError(f"export: --triton needs a scheduler as the third value of {target_model}().")
     manifest = write(
         made[0],
         made[1],
         plan,
         out,
         target=cast(Any, target),
+        scheduler=made[2] if len(made) == 3 else None,
         profile=profile,
         timestep=timestep,
         varying_inputs=varying or (),
@@ -320,6 +331,8 @@ def export(
     )
     typer.echo(contents(manifest))
     typer.echo(f"wrote {out}; next: omnifx bundle {out} --check")
+    if triton is not None:
+        cli_triton.write_beside(made, out, triton)
 
 
 @app.command()
@@ -407,6 +420,7 @@ def doctor(
 
 app.command()(cli_bench.bench)
 app.command()(cli_build.build)
+app.command()(cli_triton.command(lambda target: _load_object(target)))
 
 
 def folded(report: MatchReport) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 import tempfile
@@ -32,7 +31,6 @@ from omnifx.bundle import (
     ModelInfo,
     PolicyInfo,
     Producer,
-    SchedulerInfo,
     TensorInfo,
     VariantInfo,
     file_info,
@@ -44,6 +42,7 @@ from omnifx.export_schedule import Schedule, dtype_name
 from omnifx.graph import output_of
 from omnifx.plan import Plan
 from omnifx.program import Program
+from omnifx.schedulers import plain_config, scheduler_info
 from omnifx.session import versions
 
 
@@ -166,7 +165,7 @@ def manifest_of(
         model=ModelInfo(
             name=type(model).__name__,
             module=type(model).__module__,
-            config=_plain_config(getattr(model, "config", None)),
+            config=plain_config(getattr(model, "config", None)),
             fingerprint=plan.fingerprint,
             weights_sha256=_weights_sha256(captured.state),
         ),
@@ -183,11 +182,7 @@ def manifest_of(
             timeline=plan.timeline().splitlines()[-1],
             notes=plan.notes,
         ),
-        scheduler=SchedulerInfo(
-            name=type(scheduler).__name__ if scheduler is not None else "",
-            config=_plain_config(getattr(scheduler, "config", None)),
-            timesteps=plan.timesteps,
-        ),
+        scheduler=scheduler_info(scheduler, plan.timesteps),
         call=Call(
             parameters=captured.parameters,
             inputs={leaf.name: _call_input(job, leaf.name, leaf.value) for leaf in captured.leaves},
@@ -256,12 +251,6 @@ def _weights_sha256(state: Sequence[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}\0{tuple(tensor.shape)}{tensor.dtype}\0".encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    """A configuration of diffusers as JSON can hold it."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str))
-    return {key: value for key, value in plain.items() if not key.startswith("_")}
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,6 @@ Report the 10th percentile of PSNR beside its mean: the tail lies several dB bel
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from omnifx.errors import ConfigError
 
@@ -55,6 +54,8 @@ def ssim(samples: Tensor, reference: Tensor, *, data_range: float = 2.0, window:
             f"ssim: window must be odd, >= 3 and at most {smallest_side} (the smallest side of the images), "
             f"got {window!r}."
         )
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds to import
+
     similarity = structural_similarity_index_measure(
         samples.double(),
         reference.double(),
