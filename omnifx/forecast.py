@@ -173,7 +173,7 @@ class Forecast:
             state = self.compute(state) if k in chosen else self.predict(state)
         return state
 
-    def search(self, computed: int, *, longest: int | None = None) -> State:
+    def search(self, computed: int, *, longest: int | None = None, simple: bool = False) -> State:
         """The end of the generation of least final drift that computes this many steps, as far as a beam finds it.
 
         Of the generations that have computed equally many steps, the last and the one before equally long ago, only the
@@ -182,6 +182,7 @@ class Forecast:
         Args:
             computed: 1 .. S.
             longest: Most predicted steps in a row; None: `LONGEST_GAP` of an even spread's step.
+            simple: Whether only simple spreads are compared, where forecasts say little of single steps.
 
         The beam's end and the best of simple spreads (`omnifx.spreads`) are then improved by moving one computed step
         at a time, as long as that helps, and the better one is taken.
@@ -191,10 +192,12 @@ class Forecast:
         total = self.path.num_steps
         longest = longest or math.ceil(LONGEST_GAP * total / computed)
         small = Forecast(self.path.projected(BLUR), self.features)
+        spread = [s for s in spreads(total, computed) if longest_gap(s, total) <= longest]
+        if simple and spread:
+            return min(self._follow_all(spread), key=lambda state: state.cost)
         starts = [_computed(small._beam(computed, longest))]
-        simple = [s for s in spreads(total, computed) if longest_gap(s, total) <= longest]
-        if simple:
-            starts.append(_computed(min(small._follow_all(simple), key=lambda state: state.cost)))
+        if spread:
+            starts.append(_computed(min(small._follow_all(spread), key=lambda state: state.cost)))
         ends = [self.follow(_computed(small._improved(start, longest))) for start in starts]
         return min(ends, key=lambda state: state.cost)
 

@@ -41,9 +41,9 @@ def nearby(schedule: Sequence[int], total: int, longest: int) -> Iterator[Schedu
     for i, step in enumerate(schedule):
         for move in MOVES:
             moved = tuple(sorted((*schedule[:i], step + move, *schedule[i + 1 :])))
-            if 0 < step and 0 < step + move < total and len(set(moved)) == len(moved):
-                if longest_gap(moved, total) <= longest:
-                    yield moved
+            allowed = step > 0 and 0 < step + move < total and len(set(moved)) == len(moved)
+            if allowed and longest_gap(moved, total) <= longest:
+                yield moved
 
 
 def longest_gap(schedule: Sequence[int], total: int) -> int:

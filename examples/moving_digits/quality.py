@@ -14,7 +14,6 @@ from examples.moving_digits.models import VideoClassifier
 from omnifx.metrics import frechet_distance, psnr, ssim
 from omnifx.video_metrics import change_psnr, flickering, frame_psnr, frames_of
 
-
 FAINT = 0.2
 """Ink that a sampler may leave on a black canvas."""
 
