@@ -19,6 +19,8 @@ from omnifx.policy import policies
 from omnifx.profile import Profile
 
 CALIBRATION_RUNS, CALIBRATION_BATCH = 3, 8
+REFINED = (2.0, 2.5, 1 / 0.3, 4.0)
+"""Speedups at which calibrations try plans out, on their own seeds, where the policy has variants."""
 TUNING_SAMPLES = 20
 
 
@@ -189,7 +191,14 @@ class Bench:
 
         options = {"lowering": "eager"}
         return omnifx.calibrate(
-            self.case.load(), generate, policy=policy, runs=CALIBRATION_RUNS, options=options, progress=False
+            self.case.load(),
+            generate,
+            policy=policy,
+            runs=CALIBRATION_RUNS,
+            refine=CALIBRATION_RUNS if policies()[policy]().variants else 0,
+            speedups=REFINED,
+            options=options,
+            progress=False,
         )
 
     def _sample(self, model: Any, seeds: Sequence[int], **more: Any) -> Tensor:

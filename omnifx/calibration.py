@@ -29,6 +29,7 @@ def calibrate(
     *,
     policy: str | Policy = "auto",
     runs: int = 1,
+    refine: int = 0,
     rollouts: int = 0,
     speedups: Sequence[float] = SPEEDUPS,
     min_psnr: float | Sequence[float] = (),
@@ -48,6 +49,10 @@ def calibrate(
             ask for more (changes of branches or blocks, a prior) need a profile that was measured for them. One that
             decides at run time and learns from a model (`teacache`) gets the signals that it learns from, and no more.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
+        refine: On how many of the runs plans are tried out, where the policy has variants that a recording cannot tell
+            apart (`auto`: how drift grows). Each runs in full once more, and up to three times for each speedup: with
+            the default ones at the cost of up to 7.0 uncached generations. Worth it where few steps of a hard model
+            are computed.
         rollouts: Further generations, seeds `runs` to `runs + rollouts - 1`, whose samples tell what PSNR plans reach,
             as `min_psnr` of plans needs it. Each runs in full once, and once for each speedup: with the default ones
             at the cost of 3.0 uncached generations. The error of the mean is in the plans' notes; for 0.5 dB it takes
@@ -62,9 +67,9 @@ def calibrate(
         progress: Whether to show a progress bar.
 
     Returns: The profile of all runs.
-    Raises: ConfigError for `runs` < 1, rollouts that are not possible, a policy that decides at run time and learns
-        nothing, or a model without reusable branches; ProfileError if a run could not be measured, or ran other steps
-        than the first.
+    Raises: ConfigError for `runs` < 1, `refine` beyond them or of a policy without variants, rollouts that are not
+    possible, a policy that decides at run time and learns nothing, or a model without reusable branches; ProfileError
+    if a run could not be measured, or ran other steps than the first.
     Memory: the caches twice, and at most ``record_budget`` for each run's recording, freed after it; for a policy with
     a prior as much again, and as much on the host. The samples of all rollouts, on the host.
     """
@@ -77,6 +82,7 @@ def calibrate(
             f"to measure. Use it as the option 'policy'; its own options here are {chosen.options}."
         )
     wanted = _checked(chosen, rollouts, speedups, min_psnr, data_range)
+    _check_refine(chosen, refine, runs)
     plain = getattr(model, "_orig_mod", model)
     taken = {**(options_of(model) or {}), **(options or {})}
     taken = {key: value for key, value in taken.items() if key not in _PLANNING}
@@ -86,7 +92,8 @@ def calibrate(
     profiles: list[Profile] = []
     prior: Prior | None = None
     with Progress(*columns, disable=not progress, transient=True) as bar:
-        task = bar.add_task("runs", total=runs + rollouts * (1 + len(speedups)))
+        tried = refine * (1 + len(speedups) * len(chosen.variants))
+        task = bar.add_task("runs", total=runs + tried + rollouts * (1 + len(speedups)))
         for seed in range(runs):
             before = _measured(compiled) if seed else 0
             with torch.no_grad(), generation(compiled):
@@ -106,19 +113,26 @@ def calibrate(
             profiles.append(measured[-1])
             bar.advance(task)
         profile = replace(merge(profiles), prior=prior)
-        if rollouts:
-            measuring = Rollouts(
+        given = {key: value for key, value in taken.items() if key not in ("policy", "profile_cache", "record_only")}
+
+        def measuring(seeds: range) -> Rollouts:
+            return Rollouts(
                 plain,
                 generate,
                 chosen,
                 profile,
-                range(runs, runs + rollouts),
-                {key: value for key, value in taken.items() if key not in ("policy", "profile_cache", "record_only")},
+                seeds,
+                given,
                 data_range=data_range,
                 tick=lambda: bar.advance(task),
                 grow=lambda more: bar.update(task, total=(bar.tasks[0].total or 0) + more),
             )
-            quality = measuring.measure(speedups, min_psnr=wanted)
+
+        if refine:
+            found = measuring(range(refine)).refine(speedups)
+            profile = replace(profile, meta=profile.meta.model_copy(update={"refined": found}))
+        if rollouts:
+            quality = measuring(range(runs, runs + rollouts)).measure(speedups, min_psnr=wanted)
             profile = replace(profile, meta=profile.meta.model_copy(update={"quality": (quality,)}))
     if isinstance(chosen, RuntimePolicy) and not chosen.learned(profile.points())[1]:
         raise ProfileError(
@@ -160,6 +174,16 @@ def _checked(
     return wanted
 
 
+def _check_refine(policy: Policy, refine: int, runs: int) -> None:
+    if not isinstance(refine, int) or isinstance(refine, bool) or not 0 <= refine <= runs:
+        raise ConfigError(f"calibrate: refine must be a number of the {runs} runs, 0 to {runs}, got {refine!r}.")
+    if refine and not policy.variants:
+        raise ConfigError(
+            f"calibrate: policy {policy.name!r} with the options {policy.options} has no variants to refine among. "
+            "Leave out refine, or take 'auto' without amplification."
+        )
+
+
 def merge(profiles: list[Profile]) -> Profile:
     """One profile of several runs of the same model with the same steps.
 
@@ -181,6 +205,7 @@ def merge(profiles: list[Profile]) -> Profile:
         "num_runs": sum(p.meta.num_runs for p in profiles),
         "timing": min(timings, key=lambda timing: timing.step_ms, default=None),  # the first run compiled
         "quality": first.meta.quality if len(profiles) == 1 else (),  # of plans from fewer runs
+        "refined": first.meta.refined if len(profiles) == 1 else (),
     }
     meta = first.meta.model_copy(update=update)
     changes = [p.changes for p in profiles if p.changes is not None]

@@ -184,6 +184,9 @@ def calibrate(
     target: Annotated[str, typer.Argument(help="module:factory or file.py:factory returning (model, generate).")],
     out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("profile.safetensors"),
     runs: Annotated[int, typer.Option(help="Generations to measure; from 3 on, a third judges the corrections.")] = 1,
+    refine: Annotated[
+        int, typer.Option(help="On how many of these runs plans are tried out, to choose among the policy's variants.")
+    ] = 0,
     rollouts: Annotated[
         int,
         typer.Option(help="Further generations, whose samples tell what PSNR plans reach; generate() returns them."),
@@ -208,6 +211,7 @@ def calibrate(
         generate,
         policy=policy,
         runs=runs,
+        refine=refine,
         rollouts=rollouts,
         min_psnr=min_psnr or (),
         save=out,
@@ -219,6 +223,10 @@ def calibrate(
         f"{len(meta.branches)} branches that hold {1 - meta.cost_of((REUSE,) * len(meta.branches)):.1%} "
         f"of {meta.flops / 1e9:,.3f} GFLOP a call"
     )
+    for tried in meta.refined:
+        typer.echo(
+            f"{tried.asked:g}x: {tried.psnr:.1f} dB with {tried.better or 'no change'} ({tried.plain_psnr:.1f} before)"
+        )
     for quality in meta.quality:
         shown = ", ".join(f"{point.psnr:.1f} at {point.speedup:.2f}x" for point in quality.points)
         typer.echo(f"PSNR in dB over {quality.num_samples} held-back samples: {shown}")

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from omnifx.path import Array, Path
+from omnifx.spreads import Schedule, longest_gap, nearby, spreads
 
 LONGEST_GAP = 1.5
 """Most steps in a row that are predicted, as a multiple of the mean distance of computed steps. The forecast knows the
@@ -44,6 +45,9 @@ FINE_GAPS = 6
 
 BLUR = 1e-8
 """Share of a path's energy that a search leaves aside, to follow short vectors."""
+
+MOST_FOLLOWED = 20_000
+"""Steps that are followed to improve a schedule; a generation of 20 steps needs a tenth of it, one of 250 all."""
 
 _Place = tuple[int, int, int]
 """Of a generation under way: steps computed, steps since the last of them, and before that, roughly."""
@@ -169,7 +173,7 @@ class Forecast:
             state = self.compute(state) if k in chosen else self.predict(state)
         return state
 
-    def search(self, computed: int, *, longest: int | None = None) -> State:
+    def search(self, computed: int, *, longest: int | None = None, simple: bool = False) -> State:
         """The end of the generation of least final drift that computes this many steps, as far as a beam finds it.
 
         Of the generations that have computed equally many steps, the last and the one before equally long ago, only the
@@ -178,16 +182,49 @@ class Forecast:
         Args:
             computed: 1 .. S.
             longest: Most predicted steps in a row; None: `LONGEST_GAP` of an even spread's step.
+            simple: Whether only simple spreads are compared, where forecasts say little of single steps.
 
-        Cost: about S * SLACK_OF_SEARCH * longest^2 predicted steps.
+        The beam's end and the best of simple spreads (`omnifx.spreads`) are then improved by moving one computed step
+        at a time, as long as that helps, and the better one is taken.
+
+        Cost: about S * SLACK_OF_SEARCH * longest^2 predicted steps for the beam, and up to four times `MOST_FOLLOWED`.
         """
-        small = Forecast(self.path.projected(BLUR), self.features)
-        end = small._beam(computed, longest)
-        return self.follow([k for k, step in enumerate(end.steps) if step is None])
-
-    def _beam(self, computed: int, longest: int | None) -> State:
         total = self.path.num_steps
         longest = longest or math.ceil(LONGEST_GAP * total / computed)
+        small = Forecast(self.path.projected(BLUR), self.features)
+        spread = [s for s in spreads(total, computed) if longest_gap(s, total) <= longest]
+        if simple and spread:
+            return min(self._follow_all(spread), key=lambda state: state.cost)
+        starts = [_computed(small._beam(computed, longest))]
+        if spread:
+            starts.append(_computed(min(small._follow_all(spread), key=lambda state: state.cost)))
+        ends = [self.follow(_computed(small._improved(start, longest))) for start in starts]
+        return min(ends, key=lambda state: state.cost)
+
+    def _improved(self, schedule: Schedule, longest: int) -> State:
+        """The end of the best schedule that can be reached by moves that each lessen the final drift."""
+        best, seen = self.follow(schedule), {schedule}
+        while len(seen) * self.path.num_steps < MOST_FOLLOWED:
+            near = [s for s in nearby(_computed(best), self.path.num_steps, longest) if s not in seen]
+            seen.update(near)
+            better = min(self._follow_all(near), key=lambda state: state.cost, default=best)
+            if better.cost >= best.cost:
+                break
+            best = better
+        return best
+
+    def _follow_all(self, schedules: Sequence[Schedule]) -> list[State]:
+        """`follow` of many schedules."""
+        chosen = [frozenset(schedule) for schedule in schedules]
+        states = [self.start()] * len(chosen)
+        for k in range(self.path.num_steps):
+            skipping = [i for i, steps in enumerate(chosen) if k not in steps]
+            after = dict(zip(skipping, self._predict_all([states[i] for i in skipping]), strict=True))
+            states = [after[i] if i in after else self.compute(state) for i, state in enumerate(states)]
+        return states
+
+    def _beam(self, computed: int, longest: int) -> State:
+        total = self.path.num_steps
         coarse = max(1, longest // FINE_GAPS)
         layer: dict[_Place, State] = {(0, 0, 0): self.start()}
         for k in range(total):
@@ -315,3 +352,7 @@ class Forecast:
         norm = self._norms[k]
         costs = sizes / norm if norm else 0.0 * sizes
         return zip(drifts, variances.tolist(), sizes.tolist(), costs.tolist(), strict=True)
+
+
+def _computed(state: State) -> Schedule:
+    return tuple(k for k, step in enumerate(state.steps) if step is None)

@@ -36,6 +36,9 @@ MOST_REMEMBERED = 2
 CLEAN = 1e-3
 """Share of a step's length that a solver may leave unexplained, as rounding does."""
 
+NOISY = 0.3
+"""Share of a step's length, in the median over steps, from which on what a solver does is fresh noise for the most."""
+
 CLEARER = 0.1
 """What share of the residual a memory must leave, to be believed."""
 
@@ -101,7 +104,9 @@ class Path:
         unit.
         times: [S], the timesteps, in the model's units.
         past_x, past_o: [S, depth], what the solver remembers; depth 0 if nothing.
-        growth: [S], norm of the step's result, what is left over aside, over that of its latents.
+        growth: [S], norm of the step's result, what is left over aside, over that of its latents: what a step makes
+        of a perturbation that looks like data. With fresh noise the mean of that and of what it makes of noise, which
+        is measured: outputs answer to the noise of the step before, and errors of outputs are something of both.
         answer: [S], how outputs follow latents that drift: see `omnifx.forecast`.
     """
 
@@ -140,6 +145,8 @@ class Path:
         solver = next(clean, plain)
         norms = np.linalg.norm(x, axis=1)
         growth = solver.lengths / np.maximum(norms, np.finfo(np.float64).tiny)
+        if np.median(solver.residual) > NOISY:
+            growth = (growth + np.clip(_kept_noise(x, o, plain), 0.0, growth)) / 2
         answer = np.where(plain.b == 0.0, 0.0, (growth - plain.a) / np.where(plain.b == 0.0, 1.0, plain.b))
         return cls(
             x,
@@ -162,10 +169,23 @@ class Path:
         kept = directions[:, np.cumsum(values) > share * values.sum()]
         return replace(self, x=self.x @ kept, o=self.o @ kept, q=self.q @ kept)
 
+    def amplified(self, times: float) -> Path:
+        """The path if a drift of the first step grows by `times` more until the end, evenly over the steps."""
+        plain = np.where(self.b == 0.0, 1.0, self.b)
+        growth = self.growth * times ** (1.0 / self.num_steps)
+        return replace(
+            self, growth=growth, answer=self.answer + np.where(self.b == 0.0, 0.0, growth - self.growth) / plain
+        )
+
     @property
     def depth(self) -> int:
         """How many steps the solver remembers."""
         return int(self.past_x.shape[1])
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the sampler adds fresh noise, or does else what latents and outputs do not tell."""
+        return bool(np.median(self.residual) > NOISY)
 
     @property
     def num_steps(self) -> int:
@@ -201,6 +221,16 @@ class _Solver(NamedTuple):
         weights[-1], residual[-1] = weights[-2], residual[-2]
         lengths[-1] = lengths[-2] * np.linalg.norm(x[-1]) / max(float(np.linalg.norm(x[-2])), 1e-300)
         return cls(weights[:, 0, 0], weights[:, 1, 0], weights[:, 0, 1:], weights[:, 1, 1:], residual, lengths)
+
+
+def _kept_noise(x: Array, o: Array, solver: _Solver) -> Array:
+    """[S], what share of the noise that the step before added is left after a step; 1 for the first."""
+    kept = np.ones(len(x))
+    for k in range(1, len(x)):
+        made = solver.a[k - 1] * x[k - 1] + solver.b[k - 1] * o[k - 1]
+        answer = _least_squares(np.stack([made, o[k - 1], x[k] - made], axis=1), o[k])[2]
+        kept[k] = solver.a[k] + solver.b[k] * answer
+    return kept
 
 
 def _least_squares(columns: Array, target: Array) -> Array:

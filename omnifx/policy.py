@@ -80,6 +80,20 @@ class Policy(ABC):
         Raises: ConfigError if `speedup` is beyond what the policy allows, naming the most it allows.
         """
 
+    @property
+    def variants(self) -> tuple[Policy, ...]:
+        """The same policy with other options, among which a calibration may choose by generations that follow them;
+        none where a recording tells enough."""
+        return ()
+
+    def refined(self, profile: Profile, speedup: float) -> Policy:
+        """The variant that a calibration found best at the nearest speedup; the policy itself if none was tried."""
+        known = [found for found in profile.meta.refined if found.is_of(self.name, self.options)]
+        if not known:
+            return self
+        nearest = min(known, key=lambda found: abs(math.log(found.asked / speedup)))
+        return type(self)(**{**self.options, **nearest.better})
+
     def rows(self, num_branches: int) -> tuple[Row, ...]:
         """Rows that its plans may use, to be compiled before the first plan exists."""
         return ((COMPUTE,) * num_branches, (PREDICT if self.terms else REUSE,) * num_branches)

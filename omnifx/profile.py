@@ -31,7 +31,7 @@ from torch import Tensor
 from omnifx.errors import ConfigError, ProfileError
 from omnifx.plan import COMPUTE, REUSE, SKIP, Action, Row, partial_tokens
 from omnifx.prior import Prior, prior_path
-from omnifx.quality import Quality, Timing
+from omnifx.quality import Quality, Refinement, Timing
 
 FORMAT = 1
 NUM_BANDS = 4
@@ -145,6 +145,8 @@ class ProfileMeta(BaseModel):
     """What that policy measured at each step."""
     quality: tuple[Quality, ...] = ()
     """What plans made from it were found to be worth, one for each policy that was tried."""
+    refined: tuple[Refinement, ...] = ()
+    """Which variants of a policy's plans were found to be better than others, by the speedup asked."""
     timing: Timing | None = None
     """How long a step took; None if the model is not one graph, or it was measured by an older version."""
     resampled_from: int = Field(default=0, ge=0)

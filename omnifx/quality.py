@@ -85,6 +85,28 @@ class Quality(BaseModel):
         return self.model_copy(update={"points": tuple(known[key] for key in sorted(known))})
 
 
+class Refinement(BaseModel):
+    """Which variant of a policy's plans for one speedup came out best, in generations that followed them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str
+    options: dict[str, Any]
+    """The policy's before, as JSON has them."""
+    asked: float = Field(ge=1.0)
+    """The speedup that the policy was asked for."""
+    better: dict[str, Any]
+    """Options of the best variant that differ."""
+    psnr: FiniteFloat
+    """dB of that variant, the mean over samples."""
+    plain_psnr: FiniteFloat
+    """dB of the policy as it was."""
+
+    def is_of(self, policy: str, options: Mapping[str, Any]) -> bool:
+        """Whether it was measured with this policy and these options."""
+        return self.policy == policy and self.options == plain_options(options)
+
+
 class Timing(BaseModel):
     """How long one call of the model takes, as its first generation showed."""
 
@@ -106,4 +128,4 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-__all__ = ["MOST_PSNR", "Quality", "QualityPoint", "Timing", "plain_options"]
+__all__ = ["MOST_PSNR", "Quality", "QualityPoint", "Refinement", "Timing", "plain_options"]

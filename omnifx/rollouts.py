@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from omnifx.asking import least_enough
 from omnifx.errors import ConfigError, ProfileError
 from omnifx.metrics import psnr
-from omnifx.plan import COMPUTE, Plan
+from omnifx.plan import COMPUTE, Plan, PlanStep
 from omnifx.policy import Policy
 from omnifx.profile import Profile
-from omnifx.quality import MOST_PSNR, Quality, QualityPoint, plain_options
+from omnifx.quality import MOST_PSNR, Quality, QualityPoint, Refinement, plain_options
 from omnifx.session import find_session, generation
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
@@ -89,6 +89,39 @@ class Rollouts:
         for wanted in min_psnr:
             quality = self._refined(quality, wanted)
         return quality
+
+    def refine(self, speedups: Sequence[float] = SPEEDUPS) -> tuple[Refinement, ...]:
+        """Which of the policy's variants is best at each speedup that it reaches: the highest mean PSNR.
+
+        Raises: as `measure`.
+        """
+        self._prepare()
+        plain, found = self.policy, []
+        for asked in sorted(speedups):
+            known: dict[tuple[PlanStep, ...], float] = {}
+            tried: list[tuple[float, Policy]] = []
+            for policy in (plain, *plain.variants):
+                self.policy = policy
+                if (plan := self._plan(asked)) is None:
+                    continue
+                key = plan.steps
+                known[key] = known[key] if key in known else self._point(plan, asked).psnr
+                tried.append((known[key], policy))
+            self.policy = plain
+            if tried:
+                psnr, best = max(tried, key=lambda pair: pair[0])  # of equal ones the first
+                before, after = plain_options(plain.options), plain_options(best.options)
+                found.append(
+                    Refinement(
+                        policy=plain.name,
+                        options=before,
+                        asked=asked,
+                        better={key: value for key, value in after.items() if before[key] != value},
+                        psnr=psnr,
+                        plain_psnr=tried[0][0],
+                    )
+                )
+        return tuple(found)
 
     def _prepare(self) -> None:
         """Compile the model, and generate the uncached samples."""

@@ -16,7 +16,7 @@ from examples.digits.data import load_digits
 
 NUM_FRAMES = 8
 FRAME_SIZE = 16
-STRIDE = 4  # pixels that a digit moves from a frame to the next, along each axis it moves along
+STRIDE = 2  # pixels that a digit moves from a frame to the next, along each axis it moves along
 ROOM = FRAME_SIZE - DIGIT_SIZE  # a digit's corner lies in 0..ROOM, at multiples of STRIDE
 BLACK = -1.0
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from examples.moving_digits.data import DIGIT_SIZE, ROOM, STRIDE
+from examples.moving_digits.data import BLACK, STRIDE
 from examples.moving_digits.models import VideoClassifier
 from omnifx.metrics import frechet_distance, psnr, ssim
 from omnifx.video_metrics import change_psnr, flickering, frame_psnr, frames_of
+
+FAINT = 0.2
+"""Ink that a sampler may leave on a black canvas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +50,15 @@ def frechet(samples: Tensor, reference: Tensor, classifier: VideoClassifier) -> 
 def neighbourly_moves(samples: Tensor) -> float:
     """Share of the moves from a frame to the next that a real digit could make, in 0..1; 1 for real videos.
 
-    A frame's digit is taken to be at the one of nine places, in samples [B, 1, 8, 16, 16], that holds the most ink; a
-    real one goes to one of the up to eight places beside it, and never stays.
+    A frame's digit is taken to be where the centre of its ink lies, in samples [B, 1, 8, 16, 16]. From frame to frame
+    a real one goes one stride along one axis or both, and never stays; a move counts if it rounds to such a one.
     """
-    ink_NHW = samples[:, 0].flatten(0, 1)
-    places = functional.avg_pool2d(ink_NHW[:, None], DIGIT_SIZE, stride=STRIDE).flatten(1).argmax(dim=1)
-    side = ROOM // STRIDE + 1
-    places_BF2 = torch.stack([places // side, places % side], dim=1).unflatten(0, (len(samples), -1))
-    moves = places_BF2.diff(dim=1).abs().amax(dim=2)
+    ink = samples[:, 0] - BLACK
+    ink = ink * (ink > FAINT)
+    total = ink.sum(dim=(2, 3)).clamp(min=FAINT)
+    places = torch.arange(ink.shape[-1], dtype=ink.dtype)
+    centres_BF2 = torch.stack([(ink.sum(3) * places).sum(2) / total, (ink.sum(2) * places).sum(2) / total], dim=2)
+    moves = (centres_BF2.diff(dim=1) / STRIDE).round().abs().amax(dim=2)
     return float((moves == 1).double().mean())
 
 

@@ -59,7 +59,7 @@ def smooth(motions: Tensor) -> Tensor:
 
 
 RECIPES = {
-    "latte": Recipe(make=VideoModel, loss=latte_loss, num_steps=6600, cooldown=0.25),
+    "latte": Recipe(make=VideoModel, loss=latte_loss, num_steps=20_000, cooldown=0.25),
     "classifier": Recipe(make=VideoClassifier, loss=classifier_loss, num_steps=3000),
 }
 

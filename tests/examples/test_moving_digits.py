@@ -67,8 +67,8 @@ def test_a_digit_moves_one_stride_a_frame_along_the_axes_it_moves_along():
 
 
 def test_a_digit_turns_at_the_edges():
-    assert bounce(torch.arange(0, 25, STRIDE)).tolist() == [0, 4, 8, 4, 0, 4, 8]
-    assert bounce(torch.arange(4, -17, -STRIDE)).tolist() == [4, 0, 4, 8, 4, 0]
+    assert bounce(torch.arange(0, 25, STRIDE)).tolist() == [0, 2, 4, 6, 8, 6, 4, 2, 0, 2, 4, 6, 8]
+    assert bounce(torch.arange(4, -17, -STRIDE)).tolist() == [4, 2, 0, 2, 4, 6, 8, 6, 4, 2, 0]
     assert bounce(torch.arange(-50, 50)).unique().tolist() == list(range(ROOM + 1))
 
 
@@ -123,8 +123,8 @@ def test_moves_of_samples_are_told_from_chance(samples, held_out):
     by_chance = held_out.videos.flatten(0, 2)[torch.randperm(500 * 8, generator=generator())].reshape(500, 1, 8, 16, 16)
 
     assert neighbourly_moves(held_out.videos) == 1.0
-    assert 0.55 < neighbourly_moves(by_chance) < 0.65
-    assert neighbourly_moves(samples) > 0.65
+    assert 0.2 < neighbourly_moves(by_chance) < 0.35
+    assert neighbourly_moves(samples) > 0.85
 
 
 def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch():
