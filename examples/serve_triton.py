@@ -3,7 +3,7 @@
 The package is in an environment of its own, since it asks for other versions of packages than we do; what the server
 runs is this interpreter, with its packages. In NVIDIA's container none of this is needed: docs/deploy_triton.md.
 
-Run: python -m examples.serve_triton --models models --environment .venv-triton
+Run: python -m examples.serve_triton --models models --environment .venv-triton --port 8000
 """
 
 import argparse
@@ -64,9 +64,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, found: Installation, *, seconds: float = 300) -> Iterator[Server]:
-    """Run a server on this machine's free ports as long as the block lasts; its log is beside the repository."""
-    ports = _free_ports(3)
+def serving(
+    repository: Path, found: Installation, *, port: int | None = None, seconds: float = 300
+) -> Iterator[Server]:
+    """Run a server for this machine alone as long as the block lasts; its log is beside the repository.
+
+    HTTP is at `port`, gRPC and metrics are at the next two; None: three free ones.
+    """
+    ports = [port, port + 1, port + 2] if port is not None else _free_ports(3)
     with tempfile.TemporaryDirectory() as work:
         backend = Path(work) / "python"
         shutil.copytree(found.server / "backends" / "python", backend)
@@ -130,6 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--environment", type=Path, default=Path(".venv-triton"), help="where nvidia-pytriton is installed"
     )
+    parser.add_argument("--port", type=int, help="of HTTP; gRPC and metrics take the next two; default: free ones")
     parser.add_argument("--smoke", action="store_true", help="only tell whether a server could be started")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end like Ctrl-C: the server must not stay behind
@@ -142,8 +148,12 @@ def main() -> None:
     elif not arguments.models.is_dir():
         parser.exit(2, f"there is no folder {arguments.models}; write one with `omnifx triton`\n")
     else:
-        with serving(arguments.models.resolve(), found) as server, contextlib.suppress(KeyboardInterrupt):
-            print(f"http {server.http}, grpc {server.grpc}, metrics {server.metrics}/metrics; log: {server.log}")
+        models = arguments.models.resolve()
+        with contextlib.suppress(KeyboardInterrupt), serving(models, found, port=arguments.port) as server:
+            print(
+                f"http {server.http}, grpc {server.grpc}, metrics {server.metrics}/metrics; log: {server.log}",
+                flush=True,
+            )
             while True:
                 time.sleep(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ from omnifx.plan import COMPUTE, REUSE, Plan, PlanStep, Row
 from omnifx.policy import Policy
 from omnifx.profile import Profile
 from omnifx.session import fingerprint_of
+
+ROOT = Path(__file__).parent.parent
+TRITON = Path(os.environ.get("OMNIFX_TRITON") or ROOT / ".venv-triton")
+"""Where a Triton server and its client are installed; `make .venv-triton/.installed` does that."""
 
 NO_FILE = FileInfo(path="none", bytes=2**40, sha256="0" * 64)
 
@@ -112,4 +117,14 @@ def build_with_rtx(folder: Path) -> None:
             assert layers[name].matrix_products < layers["full"].matrix_products, name
 
 
-__all__ = ["Planned", "build_with_rtx", "in_torch", "layers_of", "needs_onnx", "plan_by_hand", "planned"]
+__all__ = [
+    "ROOT",
+    "TRITON",
+    "Planned",
+    "build_with_rtx",
+    "in_torch",
+    "layers_of",
+    "needs_onnx",
+    "plan_by_hand",
+    "planned",
+]

@@ -23,5 +23,7 @@ def test_a_model_of_one_block_is_measured(tmp_path: Path, capsys: pytest.Capture
     assert (graphs["full"]["attention_kernels"], graphs["reuse"]["attention_kernels"]) == (1, 0)
     assert graphs["reuse"]["engine_mib"] < graphs["full"]["engine_mib"]
     assert figures["export"]["peak_bytes"] >= figures["export"]["peak_bytes_with_the_model_loaded"] > 2**27
-    assert figures["build"]["seconds"] > 0
+    for part in ("export", "build"):
+        assert figures[part]["seconds"] > 0
+        assert figures[part]["cpu_seconds"] > 0
     assert "export: " in capsys.readouterr().out

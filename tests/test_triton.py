@@ -7,7 +7,6 @@ of packages than we do; OMNIFX_TRITON names another place. What the server runs 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import urllib.request
@@ -25,12 +24,10 @@ from examples.digits.models import NULL_CLASS, load_classifier, load_dit
 from examples.digits.sampling import sample_dit
 from examples.export_onnx import scheduler_of
 from examples.serve_triton import Installation, serving
-from tests.exporting import needs_onnx, plan_by_hand
+from tests.exporting import ROOT, TRITON, needs_onnx, plan_by_hand
 
 needs_onnx()
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = Path(os.environ.get("OMNIFX_TRITON") or ROOT / ".venv-triton")
 PATTERN = "FrFrFrFrFrFr"
 STEPS, CLIENTS, EACH = len(PATTERN), 8, 4
 NUMBERS = range(CLIENTS * EACH)
@@ -53,7 +50,7 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     """A server with two models of one bundle, and all that the client asked of it."""
-    found = Installation.find(ENVIRONMENT)
+    found = Installation.find(TRITON)
     if isinstance(found, str):
         pytest.skip(f"no Triton server: {found}; `make .venv-triton/.installed` makes one (Linux on x86_64)")
     folder = tmp_path_factory.mktemp("triton")
@@ -75,7 +72,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     job: dict[str, Any] = {"clients": CLIENTS, "each": EACH, "steps": STEPS, "plain": PLAIN, "stream": STREAM}
     with serving(models, found) as server:
         job |= {"http": server.http, "grpc": server.grpc, "folder": str(folder)}
-        client = [str(ENVIRONMENT / "bin" / "python"), str(ROOT / "tests" / "triton_client.py"), json.dumps(job)]
+        client = [str(TRITON / "bin" / "python"), str(ROOT / "tests" / "triton_client.py"), json.dumps(job)]
         ran = subprocess.run(client, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, f"{ran.stderr}\n{server.log.read_text(errors='replace')[-5000:]}"
         with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as page:
