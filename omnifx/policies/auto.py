@@ -32,6 +32,7 @@ user's cache.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
@@ -73,8 +74,9 @@ class Auto(Policy):
     a share of each feature's energy. None: 1 with the reuse graph of a sampler that adds fresh noise, 1e-5 else."""
     doubt: float = 1.0
     """0..10: how uncertain the answer of a computed step to drifted latents is, as a share of it."""
-    landing: float = 0.5
-    """0..1: what share of the drift a step that is not computed tries to take back."""
+    landing: float | None = None
+    """0..1: what share of the drift a step that is not computed tries to take back. None: .5, or what a calibration with
+    `refine` found best."""
     margin: float = 0.8
     """0..1: the reuse graph is run if the drift it forecasts is below this share of that of skipping."""
     amplification: float | None = None
@@ -98,7 +100,7 @@ class Auto(Policy):
             )
         for option, most in (("ridge", 1.0), ("doubt", 10.0), ("landing", 1.0), ("margin", 1.0)):
             value = getattr(self, option)
-            if option == "ridge" and value is None:
+            if option in ("ridge", "landing") and value is None:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
                 raise ConfigError(f"{option} must be a number in [0, {most:g}], got {value!r}.")
@@ -113,9 +115,10 @@ class Auto(Policy):
 
     @property
     def variants(self) -> tuple[Policy, ...]:
-        if self.amplification is not None:
-            return ()
-        return tuple(replace(self, amplification=times) for times in AMPLIFICATIONS)
+        amplifications = AMPLIFICATIONS if self.amplification is None else (self.amplification,)
+        landings = LANDINGS if self.landing is None else (self.landing,)
+        found = tuple(replace(self, amplification=a, landing=b) for a, b in itertools.product(amplifications, landings))
+        return found if len(found) > 1 else ()
 
     @property
     def history(self) -> int:
@@ -126,7 +129,10 @@ class Auto(Policy):
         wanted = check_speedup(speedup, default=2.0)
         if (better := self.refined(profile, wanted)) != self:
             plan = better.plan(profile, speedup=speedup)
-            why = f"Generations that followed plans chose amplification={better.options['amplification']:g}."
+            chosen = ", ".join(
+                f"{key}={value:g}" for key, value in better.options.items() if value != self.options[key]
+            )
+            why = f"Generations that followed plans chose {chosen}."
             return plan.model_copy(update={"policy_options": self.options, "notes": (*plan.notes, why)})
         if profile.path is None or (profile.meta.in_parts and self.network == "reuse"):
             plan = OmniCache().plan(profile, speedup=speedup)
@@ -163,7 +169,7 @@ class Auto(Policy):
             latents=self.num_latents,
             ridge=ridge if self.ridge is None else self.ridge,
             doubt=self.doubt,
-            landing=self.landing,
+            landing=LANDINGS[0] if self.landing is None else self.landing,
         )
 
     def _as_plan(self, profile: Profile, path: Path, kind: Kind, ends: dict[Kind, State]) -> Plan:
@@ -196,6 +202,9 @@ AMPLIFICATIONS = (1.0, 3.0, 10.0)
 """What a calibration with `refine` chooses from. A recording does not show how drift grows: on the digits models 1 is
 best, within a factor of two of what was measured; on the moving digits at 20 steps, where samples that drift early end
 as other videos, 10 is: 36.7 dB instead of 33.1 (8 steps computed, 60 tuning seeds)."""
+
+LANDINGS = (0.5, 1.0)
+"""As well; the first is taken where nothing was tried."""
 
 FEWEST = 2
 """Steps that are computed at least: one output tells nothing of where it goes."""
