@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from omnifx.backends.aoti_runtime import AotiRuntime
 from omnifx.backends.onnxruntime import OnnxRuntime
 from omnifx.bundle import Manifest
-from omnifx.bundle_runner import MOST_STREAMS, BundleRunner, read_constants
-from omnifx.errors import ConfigError
+from omnifx.bundle_runner import MOST_STREAMS, BundleRunner, Engine, read_constants
+from omnifx.errors import BundleError, ConfigError
 
-Runtime = Literal["onnxruntime"]
+Runtime = Literal["onnxruntime", "aoti"]
 
 
 def load_bundle(
@@ -28,17 +29,17 @@ def load_bundle(
 
     Args:
         directory: What `omnifx.export` wrote.
-        runtime: "onnxruntime".
+        runtime: "onnxruntime", or "aoti" for what was exported with that target.
         device: Where to run: "cpu", or a CUDA device.
         verify: Whether to hash every file; sizes are always looked at.
         max_streams: Streams (calls of a step, of all generations) that may be under way at once.
-        options: Of the runtime: `providers` and `options` (a `SessionOptions`) of onnxruntime.
+        options: Of the runtime: `providers` and `options` (a `SessionOptions`) of onnxruntime; `num_runners` of aoti.
 
     Raises: BundleError if anything is missing, altered, of a future format or inconsistent; nothing was loaded then.
     Memory: the weights, as the runtime holds them, and `Manifest.stream_bytes` for each stream under way.
     """
-    if runtime != "onnxruntime":
-        raise ConfigError(f"load_bundle: runtime must be 'onnxruntime', got {runtime!r}.")
+    if runtime not in get_args(Runtime):
+        raise ConfigError(f"load_bundle: runtime must be 'onnxruntime' or 'aoti', got {runtime!r}.")
     if not isinstance(max_streams, int) or max_streams < 1:
         raise ConfigError(f"load_bundle: max_streams must be a number >= 1, got {max_streams!r}.")
     folder = Path(directory)
@@ -58,10 +59,23 @@ def open_bundle(
     **options: Any,
 ) -> BundleRunner:
     """A runner for a bundle whose files were looked at."""
-    files = {name: folder / variant.file.path for name, variant in manifest.variants.items()}
-    engine = OnnxRuntime(files, device=device, **options)
+    engine: Engine
+    if runtime == "aoti":
+        engine = AotiRuntime(folder, manifest, device=device, **options)
+    else:
+        files = {name: folder / variant.file.path for name, variant in manifest.variants.items()}
+        if "aoti" in manifest.engines and any(path.suffix != ".onnx" for path in files.values()):
+            raise BundleError(
+                f"{folder} holds no ONNX graphs; it was exported for 'aoti'. Load it with runtime='aoti'."
+            )
+        engine = OnnxRuntime(files, device=device, **options)
     constants = read_constants(manifest, folder, device)
     return BundleRunner(manifest, engine, constants, folder=folder, max_streams=max_streams)
 
 
-__all__ = ["load_bundle", "open_bundle"]
+def own_runtime(manifest: Manifest) -> Runtime:
+    """The runtime that a bundle was exported for."""
+    return "aoti" if "aoti" in manifest.engines else "onnxruntime"
+
+
+__all__ = ["load_bundle", "open_bundle", "own_runtime"]

@@ -267,7 +267,10 @@ def export(
     ],
     plan: Annotated[Path, typer.Option(help="What `omnifx plan --out` wrote for this model, at this size.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must be new, or empty.")],
-    target: Annotated[str, typer.Option(help="onnx: files for onnxruntime and for builders of engines.")] = "onnx",
+    target: Annotated[
+        str,
+        typer.Option(help="onnx: files for onnxruntime and for builders of engines; aoti: machine code by Inductor."),
+    ] = "onnx",
     profile: Annotated[
         Path | None, typer.Option(help="What the plan was made from; needed where it follows trends (eoc).")
     ] = None,
@@ -320,14 +323,18 @@ def export(
 def bundle(
     folder: Annotated[Path, typer.Argument(help="What `omnifx export` wrote.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Run its first steps in onnxruntime, and compare with what PyTorch gave.")
+        bool, typer.Option("--check", help="Run its first steps in its runtime, and compare with what PyTorch gave.")
     ] = False,
 ) -> None:
     """What a bundle holds; its files are looked at and hashed."""
-    typer.echo(contents(Manifest.load(folder)))
+    from omnifx.bundle_loading import own_runtime
+
+    manifest = Manifest.load(folder)
+    typer.echo(contents(manifest))
     if check:
-        error = omnifx.load_bundle(folder, verify=False).check()
-        typer.echo(f"onnxruntime differs from PyTorch by {error:.1e} of an output's norm at most")
+        runtime = own_runtime(manifest)
+        error = omnifx.load_bundle(folder, runtime=runtime, verify=False).check()
+        typer.echo(f"{runtime} differs from PyTorch by {error:.1e} of an output's norm at most")
 
 
 @app.command()
