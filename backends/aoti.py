@@ -7,6 +7,7 @@ tables; neither sources nor, ever, a pickle.
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import warnings
@@ -30,6 +31,8 @@ _FIXED: dict[str, Any] = {
 }
 """Options that decide what a package is."""
 _LEFT_OUT = (".cpp", ".h", ".o", ".kernel_metadata.json")
+CPUS = ("DEFAULT", "AVX2", "AVX512")
+"""Capabilities of x86 processors as torch names them, each holding those before it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Compiled:
     files: tuple[str, ...]
     weights: dict[str, Tensor]
     """What it must be given when it is loaded, contiguous, by name."""
+    cpu: str
+    """The capability of a processor that it was compiled for."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -93,7 +98,7 @@ def compile_graph(
     for part in made:
         if not isinstance(part, str):
             weights |= {key: _as_compiled(name, key, *entry) for key, entry in part.items()}
-    return Compiled(files, weights)
+    return Compiled(files, weights, _cpu_of(files))
 
 
 def _as_compiled(name: str, key: str, value: Tensor, properties: Any) -> Tensor:
@@ -114,16 +119,27 @@ def write_package(path: Path, graphs: Mapping[str, Compiled]) -> None:
     package_aoti(str(path), {name: list(graph.files) for name, graph in graphs.items()})
 
 
-def builder_of(device: torch.device, options: Mapping[str, Any]) -> dict[str, Any]:
+def builder_of(graphs: Mapping[str, Compiled], device: torch.device, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a package was made with and for, as manifests hold it."""
-    return {
+    found = {
         "torch": torch.__version__,
         "device": device.type,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": max((graph.cpu for graph in graphs.values()), key=lambda cpu: CPUS.index(cpu) if cpu in CPUS else 0),
         "options": dict(options),
     }
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
-__all__ = ["Compiled", "builder_of", "check_options", "compile_graph", "write_package"]
+def _cpu_of(files: Sequence[str]) -> str:
+    """The capability that a graph's code takes for granted, as torch names it."""
+    for file in files:
+        if file.endswith("_metadata.json"):
+            about = json.loads(Path(file).read_text(encoding="utf-8"))
+            words = str(about.get("AOTI_CPU_ISA", "")).split()
+            if known := [cpu for cpu in CPUS if cpu in words]:
+                return known[-1]
+    return torch.backends.cpu.get_cpu_capability()
+
+
+__all__ = ["CPUS", "Compiled", "builder_of", "check_options", "compile_graph", "write_package"]

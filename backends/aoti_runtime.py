@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnifx.backends.aoti import CPUS
 from omnifx.backends.weights_file import StoredTensor, map_tensors
 from omnifx.bundle import EngineInfo, Manifest
 from omnifx.errors import BundleError, ConfigError
 
 _CODE = "data/aotinductor/"
 _ABOUT = ("archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id")
-_CPUS = ("DEFAULT", "AVX2", "AVX512")
-"""Capabilities of x86 processors as torch names them, each holding those before it."""
 _ALIGNMENT = 16
 """Bytes, which code for GPUs takes for granted."""
 
@@ -113,7 +112,7 @@ def _check_builder(builder: Mapping[str, Any], device: torch.device) -> None:
         )
     machine, cpu = builder.get("machine"), builder.get("cpu")
     here = torch.backends.cpu.get_cpu_capability()
-    enough = _CPUS.index(cpu) <= _CPUS.index(here) if cpu in _CPUS and here in _CPUS else cpu == here
+    enough = CPUS.index(cpu) <= CPUS.index(here) if cpu in CPUS and here in CPUS else cpu == here
     if machine != platform.machine() or not enough:
         raise BundleError(
             f"load_bundle: this bundle was compiled for {machine} with {cpu}, but this machine is "

@@ -79,6 +79,8 @@ def map_tensors(path: Path, places: Mapping[str, StoredTensor], device: torch.de
 
     Memory: on the host none but the file's own pages, which all processes share; on other devices one copy.
     """
+    if not places:
+        return {}
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     known: dict[StoredTensor, Tensor] = {}

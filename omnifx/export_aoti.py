@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ class AotiWriter:
                 made = compile_graph(
                     graph.gm, graph.state, name=name, folder=Path(work) / str(number), options=self.options
                 )
-                compiled[name] = Compiled(made.files, {})
+                compiled[name] = replace(made, weights={})
                 add_weights(index, name, made.weights, weights)
             write_package(folder / PACKAGE, compiled)
         info = file_info(folder, PACKAGE)
         files = dict.fromkeys(graphs, info)
-        engine = EngineInfo(files=files, builder=builder_of(_device(graphs), self.options), weights=index)
+        engine = EngineInfo(files=files, builder=builder_of(compiled, _device(graphs), self.options), weights=index)
         return GraphFiles(files, {"aoti": engine})
 
 

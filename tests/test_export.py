@@ -203,7 +203,7 @@ def test_a_folder_with_something_in_it_is_left_alone(model: nn.Module, plan: Pla
         omnifx.export(model, EXAMPLE, plan, tmp_path / "b", overwrite=True, progress=False)
     with pytest.raises(ConfigError, match=r"the folder of .* is not there"):
         omnifx.export(model, EXAMPLE, plan, tmp_path / "none" / "b", progress=False)
-    with pytest.raises(ConfigError, match="target must be 'onnx', got 'tflite'"):
+    with pytest.raises(ConfigError, match="target must be 'onnx' or 'aoti', got 'tflite'"):
         omnifx.export(model, EXAMPLE, plan, tmp_path / "c", target="tflite", progress=False)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="opset must be a number from 18"):
         omnifx.export(model, EXAMPLE, plan, tmp_path / "c", opset=11, progress=False)
@@ -317,7 +317,7 @@ def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_runtime_is_refused(bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="runtime must be 'onnxruntime', got 'abacus'"):
+    with pytest.raises(ConfigError, match="runtime must be 'onnxruntime' or 'aoti', got 'abacus'"):
         omnifx.load_bundle(bundle, runtime="abacus")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_streams must be a number >= 1"):
         omnifx.load_bundle(bundle, max_streams=0)
