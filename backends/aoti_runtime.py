@@ -39,7 +39,8 @@ class AotiRuntime:
         num_runners: Runs of one graph that may be under way at once, which share its weights.
 
     Raises: BundleError if the bundle was not made for this torch, device or processor, or lacks a graph or a weight.
-    Memory: the weights once, on the host as pages of their file; the temporaries of one run for each that is under way.
+    Memory: the weights once, on the host as pages of their file, until this object goes; the temporaries of one run for
+        each that is under way. Machine code stays loaded until the process ends.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, device: torch.device, num_runners: int = 1) -> None:
@@ -74,7 +75,8 @@ class AotiRuntime:
         if missing := sorted(key for key, value in given.items() if value is None):
             raise BundleError(f"{path}: the graph {name} wants the weight {missing[0]}, which is not in the bundle.")
         if given:
-            loader.load_constants(given, False, True, True)  # active, all of them, ours to keep alive
+            lent = {key: _lent(value) for key, value in given.items() if value is not None}
+            loader.load_constants(lent, False, True, True)  # active, all of them, ours to keep alive
         return loader
 
     def run(self, name: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor | None]) -> None:
@@ -136,6 +138,15 @@ def _check_package(path: Path) -> None:
                 f"{path} holds {inner or name}, which is not machine code: weights of a bundle are never pickled, and "
                 f"lie in its weights' file. Export it anew."
             )
+
+
+def _lent(value: Tensor) -> Tensor:
+    """The same memory without a claim to it: torch's loader never lets go of tensors that it was given to share, so
+    weights would stay when a bundle is dropped."""
+    if not value.numel():
+        return value
+    storage = torch._C._construct_storage_from_data_pointer(value.data_ptr(), value.device, value.nbytes)
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(storage, 0, value.shape, value.stride())
 
 
 def _aligned(value: Tensor) -> Tensor:

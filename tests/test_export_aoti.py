@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -112,6 +113,20 @@ def test_all_graphs_read_the_same_weights(bundle: Path) -> None:
 
     for name, value in before.items():
         torch.testing.assert_close(run(name), value + 1.0, rtol=0, atol=1e-5)
+
+
+def test_a_bundle_that_is_dropped_leaves_no_weights_behind(bundle: Path) -> None:
+    def mapped() -> bool:
+        return str(bundle / WEIGHTS) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    gc.collect()
+    before = mapped()
+    runner = load(bundle)
+    held = mapped()
+    del runner
+    gc.collect()
+
+    assert (before, held, mapped()) == (False, True, False)
 
 
 def test_weights_are_held_once_and_never_in_the_package(model: nn.Module, bundle: Path) -> None:
