@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnifx.backends.aoti import CPUS
 from omnifx.backends.weights_file import StoredTensor, map_tensors
-from omnifx.bundle import EngineInfo, Manifest
+from omnifx.bundle import EngineInfo, Manifest, num_bytes
 from omnifx.errors import BundleError, ConfigError
 
 _CODE = "data/aotinductor/"
@@ -89,6 +89,9 @@ class AotiRuntime:
 
 
 def _places(engine: EngineInfo) -> dict[str, StoredTensor]:
+    for name, info in engine.weights.items():
+        if info.bytes != num_bytes(info):
+            raise BundleError(f"load_bundle: the weight {name} has {info.bytes} bytes, expected {num_bytes(info)}.")
     return {
         name: StoredTensor(info.offset, info.shape, getattr(torch, info.dtype)) for name, info in engine.weights.items()
     }

@@ -33,7 +33,8 @@ def load_bundle(
         device: Where to run: "cpu", or a CUDA device.
         verify: Whether to hash every file; sizes are always looked at.
         max_streams: Streams (calls of a step, of all generations) that may be under way at once.
-        options: Of the runtime: `providers` and `options` (a `SessionOptions`) of onnxruntime; `num_runners` of aoti.
+        options: Of the runtime: `providers`, `options` (a `SessionOptions`) and `most_sessions` of onnxruntime;
+            `num_runners` of aoti.
 
     Raises: BundleError if anything is missing, altered, of a future format or inconsistent; nothing was loaded then.
     Memory: the weights, as the runtime holds them, and `Manifest.stream_bytes` for each stream under way.

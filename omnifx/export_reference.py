@@ -85,7 +85,8 @@ def _compare(folder: Path, manifest: Manifest, device: torch.device) -> None:
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: nothing is copied
     if manifest.producer.dtype == "float16":  # else they are cast to float32 when the graph is loaded
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return _compare_in(runtime, folder, manifest, torch.device("cpu"), options=options)
+    # One session at a time: each maps the weights for itself, and the model holds them as well.
+    return _compare_in(runtime, folder, manifest, torch.device("cpu"), options=options, most_sessions=1)
 
 
 def _compare_in(runtime: Runtime, folder: Path, manifest: Manifest, device: torch.device, **options: Any) -> None:

@@ -243,6 +243,10 @@ def _no_weight(raw: Any) -> None:
     del raw["engines"]["aoti"]["weights"]["head.bias"]
 
 
+def _short_weight(raw: Any) -> None:
+    raw["engines"]["aoti"]["weights"]["head.bias"]["bytes"] = 8
+
+
 def _weight_beyond(raw: Any) -> None:
     raw["engines"]["aoti"]["weights"]["head.bias"]["offset"] = 2**40
 
@@ -257,6 +261,7 @@ def _weight_beyond(raw: Any) -> None:
         (_no_graph, r"has no compiled graph reuse"),
         (_no_engine, r"was not exported for 'aoti'"),
         (_no_weight, r"the graph full wants the weight head.bias, which is not in the bundle"),
+        (_short_weight, r"the weight head.bias has 8 bytes, expected 64"),
         (_weight_beyond, r"head.bias lies beyond the end of weights.bin"),
     ],
 )
