@@ -83,8 +83,11 @@ def _compare(folder: Path, manifest: Manifest, device: torch.device) -> None:
         return None
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: nothing is copied
-    if manifest.producer.dtype == "float16":  # else they are cast to float32 when the graph is loaded
+    if manifest.producer.dtype == "float16":
+        # The CPU computes in float32. Without these, all weights are cast when a graph is loaded, or before it runs.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     # One session at a time: each maps the weights for itself, and the model holds them as well.
     return _compare_in(runtime, folder, manifest, torch.device("cpu"), options=options, most_sessions=1)
 
