@@ -82,7 +82,7 @@ def compile_graph(
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, strict=False)
             made = torch._inductor.aot_compile(
-                program.module(),  # type: ignore[arg-type]
+                program.module(),
                 inputs,
                 options={**options, **_FIXED, "aot_inductor.output_path": str(folder)},
             )

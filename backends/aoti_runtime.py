@@ -65,7 +65,7 @@ class AotiRuntime:
     def _loaded(self, path: Path, name: str, num_runners: int) -> Any:
         index = self.device.index if self.device.index is not None else -1
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), name, False, num_runners, index)  # type: ignore[attr-defined]
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), name, False, num_runners, index)
             wanted = loader.get_constant_fqns()
         except RuntimeError as error:
             raise BundleError(
