@@ -75,8 +75,8 @@ class Auto(Policy):
     doubt: float = 1.0
     """0..10: how uncertain the answer of a computed step to drifted latents is, as a share of it."""
     landing: float | None = None
-    """0..1: what share of the drift a step that is not computed tries to take back. None: .5, or what a calibration with
-    `refine` found best."""
+    """0..1: what share of the drift a step that is not computed tries to take back. None: .5, or what a calibration
+    with `refine` found best."""
     margin: float = 0.8
     """0..1: the reuse graph is run if the drift it forecasts is below this share of that of skipping."""
     amplification: float | None = None
