@@ -15,7 +15,8 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PACKAGES := omnifx passes backends
 SOURCES := $(shell find $(PACKAGES) -name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name '*.j2' -o -name py.typed \) -print)
-PYTEST_ARGS ?= -n 2
+# Worksteal keeps neighbours on one worker, so that what a module's tests share is made once.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 # A Triton server and its client, for tests/test_triton.py, which skips without; there is one for this platform only.
 TRITON := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv-triton/.installed)
 

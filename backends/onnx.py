@@ -17,11 +17,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from omnifx.backends.as_module import as_module, example_inputs
 from omnifx.backends.weights_file import WeightsFile
 from omnifx.errors import ExportError
-from omnifx.graph import clone
 from omnifx.passes.use_linears import UseLinears
 
 OPSETS = (18, 25)
@@ -76,10 +76,11 @@ def write_onnx(
     """
     import onnx_ir as ir
 
-    module, values = _as_module(gm, state)
+    module = as_module(gm, state)
+    UseLinears()(module)
     with torch.no_grad(), _quietly():
         try:
-            exported = torch.export.export(module, tuple(values), strict=False)
+            exported = torch.export.export(module, example_inputs(module), strict=False)
             program = torch.onnx.export(
                 exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=True, external_data=False
             )
@@ -116,40 +117,6 @@ def write_onnx(
     for node in model.graph:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     return Written(operators, total)
-
-
-def _as_module(gm: fx.GraphModule, state: Sequence[tuple[str, Tensor]]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The graph as a module that owns its parameters under their names, and examples of its inputs."""
-    copy = clone(gm)
-    root = nn.Module()
-    placeholders = [node for node in copy.graph.nodes if node.op == "placeholder"]
-    for node, (name, tensor) in zip(placeholders, state, strict=False):
-        if node.users:
-            _register(root, name, tensor)
-            with copy.graph.inserting_before(node):
-                constant = copy.graph.create_node("get_attr", name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
-        copy.graph.erase_node(node)
-    module = fx.GraphModule(root, copy.graph)
-    UseLinears()(module)
-    module.graph.lint()
-    module.recompile()
-    rest = [node for node in module.graph.nodes if node.op == "placeholder"]
-    return module, [
-        torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype, device=n.meta["val"].device) for n in rest
-    ]
-
-
-def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
-    *path, last = name.split(".")
-    module = root
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    if last not in module._parameters:
-        module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
 
 
 def _name_outputs(model: Any, names: Sequence[str]) -> None:

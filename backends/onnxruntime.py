@@ -6,6 +6,7 @@ are never copied, and never leave the device.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ class OnnxRuntime:
         device: "cpu" or a CUDA device.
         providers: Execution providers of onnxruntime; None: CUDA's on a CUDA device, the CPU's otherwise.
         options: A `SessionOptions` of onnxruntime for all sessions.
+        most_sessions: Sessions that are open at once, opened when they are needed; None: all, from the start.
 
     Raises: BundleError if onnxruntime is missing, lacks the device, or refuses a graph.
     Memory: on the CPU, onnxruntime packs weights anew for its matrix products; with the session option
-        ``session.disable_prepacking`` they stay mapped from the file.
+        ``session.disable_prepacking`` they stay mapped from the file, which each session does for itself.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class OnnxRuntime:
         device: torch.device,
         providers: Sequence[Any] | None = None,
         options: Any | None = None,
+        most_sessions: int | None = None,
     ) -> None:
         try:
             import onnxruntime
@@ -61,16 +64,32 @@ class OnnxRuntime:
                 f"load_bundle: this onnxruntime has no {missing[0]}, only {onnxruntime.get_available_providers()}. "
                 "pip install 'omnifx[gpu]' instead of 'omnifx[onnx]', or give another device."
             )
-        self._sessions = {}
-        for name, path in files.items():
-            try:
-                self._sessions[name] = onnxruntime.InferenceSession(path, options, providers=list(providers))
-            except Exception as error:
-                raise BundleError(f"load_bundle: onnxruntime refuses {path.name}: {error}") from error
+        self._files, self._options, self._providers = dict(files), options, list(providers)
+        self._most = len(files) if most_sessions is None else most_sessions
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Any] = {}  # the one longest unused first
+        for name in files if most_sessions is None else ():
+            self._session(name)
+
+    def _session(self, name: str) -> Any:
+        import onnxruntime
+
+        with self._lock:
+            session = self._sessions.pop(name, None)
+            if session is None:
+                while len(self._sessions) >= self._most:
+                    del self._sessions[next(iter(self._sessions))]
+                path = self._files[name]
+                try:
+                    session = onnxruntime.InferenceSession(path, self._options, providers=self._providers)
+                except Exception as error:
+                    raise BundleError(f"load_bundle: onnxruntime refuses {path.name}: {error}") from error
+            self._sessions[name] = session
+            return session
 
     def run(self, name: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor | None]) -> None:
         """Run a graph once. Inputs are contiguous; outputs are written where they are, None ones are not kept."""
-        session = self._sessions[name]
+        session = self._session(name)
         binding = session.io_binding()
         for key, value in inputs.items():
             binding.bind_input(

@@ -7,6 +7,9 @@ are told apart by their bytes alone. 4096 bytes are a page: such a tensor is map
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -62,4 +65,35 @@ def bytes_of(value: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
-__all__ = ["PAGE", "WeightsFile", "bytes_of"]
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a contiguous tensor lies in the file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def map_tensors(path: Path, places: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the file; those at the same place are the same tensor.
+
+    Memory: on the host none but the file's own pages, which all processes share; on other devices one copy.
+    """
+    if not places:
+        return {}
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    known: dict[StoredTensor, Tensor] = {}
+    for place in places.values():
+        if place not in known:
+            count = math.prod(place.shape)
+            flat = (
+                torch.frombuffer(pages, dtype=place.dtype, count=count, offset=place.offset)
+                if count
+                else torch.empty(0, dtype=place.dtype)
+            )
+            known[place] = flat.reshape(place.shape).to(device)
+    return {name: known[place] for name, place in places.items()}
+
+
+__all__ = ["PAGE", "StoredTensor", "WeightsFile", "bytes_of", "map_tensors"]

@@ -195,7 +195,7 @@ class Bench:
             generate,
             policy=policy,
             runs=CALIBRATION_RUNS,
-            refine=CALIBRATION_RUNS if policies()[policy]().variants else 0,
+            refine=CALIBRATION_RUNS if policies()[policy]().most_variants else 0,
             speedups=REFINED,
             options=options,
             progress=False,

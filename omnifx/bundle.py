@@ -268,11 +268,14 @@ class EngineInfo(_Strict):
     """Engines that were built from the bundle for one target."""
 
     files: dict[str, FileInfo]
-    """By variant."""
+    """By variant; one file may hold several."""
     builder: dict[str, Any] = Field(default_factory=dict)
     """Name, version, compute capabilities, flags and limits."""
     builds: dict[str, EngineBuild] = Field(default_factory=dict)
     """By variant."""
+    weights: dict[str, Constant] = Field(default_factory=dict)
+    """Tensors of the weights' file that the engines are given when they are loaded, by name; where one variant has
+    another tensor of this name, by ``variant:name``."""
 
 
 class Manifest(_Strict):
@@ -305,7 +308,8 @@ class Manifest(_Strict):
             raise ValueError(f"format {self.format} is not known; this omnifx reads format {FORMAT}")
         if tuple(step.timestep for step in self.steps) != self.scheduler.timesteps:
             raise ValueError("the steps and the scheduler's timesteps differ")
-        if bad := [name for name, c in self.constants.items() if c.offset + c.bytes > self.weights.bytes]:
+        stored = [self.constants, *(engine.weights for engine in self.engines.values())]
+        if bad := [name for some in stored for name, c in some.items() if c.offset + c.bytes > self.weights.bytes]:
             raise ValueError(f"constant {bad[0]} lies beyond the end of {self.weights.path}")
         written: set[str] = set()
         for run in self.prologue:
@@ -365,15 +369,12 @@ class Manifest(_Strict):
         return sum(num_bytes(buffer) for buffer in self.buffers.values())
 
     def files(self, targets: Collection[str] | None = None) -> Iterator[FileInfo]:
-        """All files beside the manifest; of engines only those for these targets."""
-        yield self.weights
-        if self.reference is not None:
-            yield self.reference
-        for variant in self.variants.values():
-            yield variant.file
+        """All files beside the manifest, each once; of engines only those for these targets."""
+        found = [self.weights, self.reference, *(variant.file for variant in self.variants.values())]
         for target, engine in self.engines.items():
             if targets is None or target in targets:
-                yield from engine.files.values()
+                found += engine.files.values()
+        yield from dict.fromkeys(file for file in found if file is not None)
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder."""
@@ -480,13 +481,15 @@ def contents(manifest: Manifest) -> str:
         policy.timeline,
         f"{'graph':<{width}}  {'runs':>5} {'FLOPs':>7} {'weights':>12} {'file':>12}",
     ]
+    owners = Counter(variant.file.path for variant in manifest.variants.values())
     for name, variant in manifest.variants.items():
+        file = _mib(variant.file.bytes) if owners[variant.file.path] == 1 else variant.file.path
         lines.append(
-            f"{name:<{width}}  {runs[name]:>5} {variant.flops / full:>7.1%} {_mib(variant.params_bytes):>12} "
-            f"{_mib(variant.file.bytes):>12}"
+            f"{name:<{width}}  {runs[name]:>5} {variant.flops / full:>7.1%} {_mib(variant.params_bytes):>12} {file:>12}"
         )
     for target, engines in manifest.engines.items():
-        total, made = _mib(sum(file.bytes for file in engines.files.values())), engines.builder
+        files = dict.fromkeys(engines.files.values())
+        total, made = _mib(sum(file.bytes for file in files)), engines.builder
         where = ", ".join(made.get("compute_capabilities", ())) or "any that its runtime supports"
         lines.append(f"engines for {target} {made.get('version', '')}: {len(engines.files)}, {total}, compute {where}")
     shared, stream = _mib(manifest.weights.bytes), _mib(manifest.stream_bytes)

@@ -92,7 +92,7 @@ def calibrate(
     profiles: list[Profile] = []
     prior: Prior | None = None
     with Progress(*columns, disable=not progress, transient=True) as bar:
-        tried = refine * (1 + len(speedups) * len(chosen.variants))
+        tried = refine * (1 + len(speedups) * chosen.most_variants)
         task = bar.add_task("runs", total=runs + tried + rollouts * (1 + len(speedups)))
         for seed in range(runs):
             before = _measured(compiled) if seed else 0
@@ -177,7 +177,7 @@ def _checked(
 def _check_refine(policy: Policy, refine: int, runs: int) -> None:
     if not isinstance(refine, int) or isinstance(refine, bool) or not 0 <= refine <= runs:
         raise ConfigError(f"calibrate: refine must be a number of the {runs} runs, 0 to {runs}, got {refine!r}.")
-    if refine and not policy.variants:
+    if refine and not policy.most_variants:
         raise ConfigError(
             f"calibrate: policy {policy.name!r} with the options {policy.options} has no variants to refine among. "
             "Leave out refine, or take 'auto' without amplification."

@@ -279,7 +279,10 @@ def export(
     plan: Annotated[Path, typer.Option(help="What `omnifx plan --out` wrote for this model, at this size.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must be new, or empty.")],
     target: Annotated[
-        str, typer.Option(help="onnx: files for onnxruntime; tensorrt, tensorrt-rtx: engines beside them.")
+        str,
+        typer.Option(
+            help="onnx: files for onnxruntime; tensorrt, tensorrt-rtx: engines beside them; aoti: machine code."
+        ),
     ] = "onnx",
     profile: Annotated[
         Path | None, typer.Option(help="What the plan was made from; needed where it follows trends (eoc).")
@@ -347,17 +350,22 @@ def export(
 def bundle(
     folder: Annotated[Path, typer.Argument(help="What `omnifx export` wrote.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Run its first steps, and compare with what PyTorch gave.")
+        bool, typer.Option("--check", help="Run its first steps in its runtime, and compare with what PyTorch gave.")
     ] = False,
     runtime: Annotated[
-        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"], typer.Option(help="What to run them in.")
-    ] = "onnxruntime",
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "aoti"] | None,
+        typer.Option(help="What to run them in; by default onnxruntime, or aoti if the bundle is for that."),
+    ] = None,
 ) -> None:
     """What a bundle holds; its files are looked at and hashed."""
-    typer.echo(contents(Manifest.load(folder)))
+    from omnifx.bundle_loading import own_runtime
+
+    manifest = Manifest.load(folder)
+    typer.echo(contents(manifest))
     if check:
-        error = omnifx.load_bundle(folder, runtime=runtime, verify=False).check()
-        typer.echo(f"{runtime} differs from PyTorch by {error:.1e} of an output's norm at most")
+        chosen = runtime or own_runtime(manifest)
+        error = omnifx.load_bundle(folder, runtime=chosen, verify=False).check()
+        typer.echo(f"{chosen} differs from PyTorch by {error:.1e} of an output's norm at most")
 
 
 @app.command()

@@ -9,10 +9,10 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from omnifx.bundle import (
     Call,
     CallInput,
     Constant,
+    EngineInfo,
     FileInfo,
     Manifest,
     ModelInfo,
@@ -70,6 +71,26 @@ class Files:
     graphs: dict[str, FileInfo]
     weights: FileInfo
     constants: dict[str, Constant]
+    engines: dict[str, EngineInfo] = field(default_factory=dict)
+
+
+Tick = Callable[[str, int], None]
+"""Told what is done next, of how many things."""
+
+
+@dataclass(frozen=True)
+class GraphFiles:
+    """Where a target wrote the graphs."""
+
+    graphs: dict[str, FileInfo]
+    engines: dict[str, EngineInfo] = field(default_factory=dict)
+
+
+class GraphWriter(Protocol):
+    """Writes the graphs of a bundle for one target, and what they share into the weights' file."""
+
+    def __call__(self, folder: Path, graphs: Mapping[str, Graph], weights: WeightsFile, tick: Tick) -> GraphFiles:
+        """Write all graphs into the folder."""
 
 
 @dataclass
@@ -117,7 +138,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool) -> Iterator[Callable[[str, int], None]]:
+def progress_bar(shown: bool) -> Iterator[Tick]:
     """A progress bar; gives a function that tells what is done next, of how many things."""
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not shown, transient=True) as bar:
@@ -129,10 +150,15 @@ def progress_bar(shown: bool) -> Iterator[Callable[[str, int], None]]:
         yield tick
 
 
-def write_graphs(folder: Path, schedule: Schedule, opset: int, tick: Callable[[str, int], None]) -> Files:
-    """Write every graph of a schedule, the weights and the constants."""
-    files, constants, graphs = {}, {}, schedule.graphs
-    with WeightsFile(folder / WEIGHTS) as weights:
+@dataclass(frozen=True)
+class OnnxWriter:
+    """Writes every graph as an ONNX file of its own."""
+
+    opset: int
+
+    def __call__(self, folder: Path, graphs: Mapping[str, Graph], weights: WeightsFile, tick: Tick) -> GraphFiles:
+        """Write all graphs into the folder."""
+        files = {}
         for name, graph in graphs.items():
             tick(f"writing {name}.onnx", len(graphs))
             write_onnx(
@@ -142,15 +168,23 @@ def write_graphs(folder: Path, schedule: Schedule, opset: int, tick: Callable[[s
                 outputs=[port.name for port in graph.outputs],
                 path=folder / f"{name}.onnx",
                 weights=weights,
-                opset=opset,
+                opset=self.opset,
             )
             files[name] = file_info(folder, f"{name}.onnx")
+        return GraphFiles(files)
+
+
+def write_graphs(folder: Path, schedule: Schedule, write: GraphWriter, tick: Tick) -> Files:
+    """Write every graph of a schedule, the weights and the constants."""
+    constants = {}
+    with WeightsFile(folder / WEIGHTS) as weights:
+        written = write(folder, schedule.graphs, weights, tick)
         for name, value in schedule.constants.items():
             data = bytes_of(value)
             constants[name] = Constant(
                 shape=tuple(value.shape), dtype=dtype_name(value), offset=weights.add(data), bytes=data.nbytes
             )
-    return Files(files, file_info(folder, WEIGHTS), constants)
+    return Files(written.graphs, file_info(folder, WEIGHTS), constants, written.engines)
 
 
 def manifest_of(
@@ -199,6 +233,7 @@ def manifest_of(
         steps=schedule.steps,
         weights=files.weights,
         constants=files.constants,
+        engines=files.engines,
     )
 
 
@@ -261,4 +296,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["Files", "Job", "Place", "manifest_of", "progress_bar", "write_graphs"]
+__all__ = [
+    "Files",
+    "GraphFiles",
+    "GraphWriter",
+    "Job",
+    "OnnxWriter",
+    "Place",
+    "Tick",
+    "manifest_of",
+    "progress_bar",
+    "write_graphs",
+]

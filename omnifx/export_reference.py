@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.bundle import Manifest, file_info
-from omnifx.bundle_loading import open_bundle
+from omnifx.bundle_loading import Runtime, open_bundle, own_runtime
 from omnifx.bundle_runner import BundleRunner
 from omnifx.errors import BundleError, ExportError
 from omnifx.export_capture import TOLERANCE
@@ -38,7 +39,7 @@ class TorchEngine:
 
 
 def with_reference(folder: Path, manifest: Manifest, example: Mapping[str, Tensor], schedule: Schedule) -> Manifest:
-    """Record the first steps as PyTorch runs them, and compare onnxruntime with them, if it is here."""
+    """Record the first steps as PyTorch runs them, and compare the bundle's runtime with them, if it is here."""
     stored = {f"input.{name}": value for name, value in example.items()}
     generator = torch.Generator().manual_seed(0)
     num_steps = _covering(manifest)
@@ -56,7 +57,7 @@ def with_reference(folder: Path, manifest: Manifest, example: Mapping[str, Tenso
         stored |= {f"output.{k}.{i}": value for i, value in enumerate(outputs)}
     save_file({name: value.contiguous().cpu() for name, value in stored.items()}, folder / "reference.safetensors")
     manifest = manifest.model_copy(update={"reference": file_info(folder, "reference.safetensors")})
-    _compare(folder, manifest)
+    _compare(folder, manifest, device)
     return manifest
 
 
@@ -70,27 +71,36 @@ def _covering(manifest: Manifest) -> int:
     return min(len(manifest.steps), MOST_REFERENCE_STEPS)
 
 
-def _compare(folder: Path, manifest: Manifest) -> None:
-    """Raise ExportError if onnxruntime gives something else than PyTorch did."""
+def _compare(folder: Path, manifest: Manifest, device: torch.device) -> None:
+    """Raise ExportError if the bundle's runtime gives something else than PyTorch did."""
+    if (runtime := own_runtime(manifest)) != "onnxruntime":
+        return _compare_in(runtime, folder, manifest, device)
     if manifest.producer.dtype == "bfloat16":
-        return  # onnxruntime has hardly any operator of this type on the CPU
+        return None  # onnxruntime has hardly any operator of this type on the CPU
     try:
         import onnxruntime
     except ImportError:
-        return
+        return None
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: nothing is copied
-    if manifest.producer.dtype == "float16":  # else they are cast to float32 when the graph is loaded
+    if manifest.producer.dtype == "float16":
+        # The CPU computes in float32. Without these, all weights are cast when a graph is loaded, or before it runs.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    cpu = torch.device("cpu")
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    # One session at a time: each maps the weights for itself, and the model holds them as well.
+    return _compare_in(runtime, folder, manifest, torch.device("cpu"), options=options, most_sessions=1)
+
+
+def _compare_in(runtime: Runtime, folder: Path, manifest: Manifest, device: torch.device, **options: Any) -> None:
     try:
-        error = open_bundle(folder, manifest, runtime="onnxruntime", device=cpu, options=options).check()
+        error = open_bundle(folder, manifest, runtime=runtime, device=device, **options).check()
     except BundleError as refusal:
         raise ExportError(f"export: the bundle does not run, and was not written: {refusal}") from refusal
     allowed = TOLERANCE[getattr(torch, manifest.producer.dtype)]
     if not error <= allowed:
         raise ExportError(
-            f"export: in onnxruntime the bundle differs from PyTorch by {error:.1e} of an output's norm (allowed: "
+            f"export: in {runtime} the bundle differs from PyTorch by {error:.1e} of an output's norm (allowed: "
             f"{allowed:g}). Nothing was written. Please report this with the model's class."
         )
 

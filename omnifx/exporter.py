@@ -21,8 +21,9 @@ from omnifx.bundle import Manifest
 from omnifx.clock import close
 from omnifx.engine_building import ENGINES, build_engines, require_builder
 from omnifx.errors import ConfigError, ExportError, PlanError
+from omnifx.export_aoti import AotiWriter
 from omnifx.export_capture import Captured, bind_arguments, capture_for_export, leaves_of_call, varied, verify
-from omnifx.export_files import Job, Place, manifest_of, progress_bar, write_graphs
+from omnifx.export_files import GraphWriter, Job, OnnxWriter, Place, manifest_of, progress_bar, write_graphs
 from omnifx.export_graphs import GraphMaker
 from omnifx.export_per_step import one_graph_a_step
 from omnifx.export_reference import with_reference
@@ -32,7 +33,7 @@ from omnifx.profile import Profile
 from omnifx.program import Program
 from omnifx.session import fingerprint_of
 
-Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+Target = Literal["onnx", "tensorrt", "tensorrt-rtx", "aoti"]
 
 
 def export(
@@ -48,6 +49,7 @@ def export(
     varying_inputs: Sequence[str] = (),
     check_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     opset: int = 20,
+    inductor: Mapping[str, Any] | None = None,
     per_step: bool = False,
     conditions: bool = True,
     same_weights: bool = True,
@@ -63,13 +65,14 @@ def export(
         plan: A plan, or its file, made on this model at this size.
         directory: The bundle's folder; it must not be there, or be empty.
         target: "onnx": files for onnxruntime, and for builders of engines; "tensorrt" or "tensorrt-rtx": the same, and
-            then engines in it.
+            then engines in it; "aoti": machine code by AOTInductor.
         profile: That the plan was made from, where the plan follows its trends (EOC).
         scheduler: A scheduler of diffusers, to be named in the manifest.
         timestep: Path of the argument that holds the timestep; None: told by its name, or its value.
         varying_inputs: Paths of further arguments that change from step to step, beside the latents.
         check_inputs: A second call's arguments, for the comparison with the eager model; None: made up.
         opset: Of ONNX, 18 to 25; from 23 on attention is one operator.
+        inductor: Inductor's own options by name, for the target "aoti".
         per_step: Whether to write a graph for each step, with the step's constants inside.
         conditions: Whether what timestep and labels decide together is a graph of its own, for steps that reuse.
         same_weights: Whether the plan must have been made with these very weights, in this type.
@@ -83,13 +86,12 @@ def export(
     Memory: on the host, twice the weights at most: parameters that are folded are made anew, all others are written
         from where they are.
     """
-    _check_options(target, opset)
+    write = _writer(target, opset, inductor)
     built = target if target == "tensorrt" or target == "tensorrt-rtx" else None
     if built is not None:
         require_builder(built, **(engines or {}))
     elif engines:
         raise ConfigError(f"export: {', '.join(engines)} is for engines, but the target is {target!r}. Leave it out.")
-    require_onnx()
     # engines of the bundle that is replaced: those that are as they would be built anew are listed again
     place = Place(Path(directory), overwrite, carried=ENGINES if built is not None else "")
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -107,8 +109,10 @@ def export(
     )
     schedule = one_graph_a_step(prepared.schedule) if per_step else prepared.schedule
     with place as folder, progress_bar(progress) as tick:
-        files = write_graphs(folder, schedule, opset, tick)
-        manifest = manifest_of(model, prepared.job, chosen, schedule, files, scheduler, opset)
+        files = write_graphs(folder, schedule, write, tick)
+        manifest = manifest_of(
+            model, prepared.job, chosen, schedule, files, scheduler, 0 if target == "aoti" else opset
+        )
         manifest = with_reference(folder, manifest, prepared.check, schedule)
         manifest.save(folder)
     if built is not None:  # in place: a build that ends early leaves the bundle, and `omnifx build` goes on with it
@@ -161,11 +165,21 @@ def prepare(
     return Prepared(job, check, schedule)
 
 
-def _check_options(target: str, opset: int) -> None:
+def _writer(target: str, opset: int, inductor: Mapping[str, Any] | None) -> GraphWriter:
+    """What writes the graphs.
+
+    Raises: ConfigError for options out of range; ExportError if packages are missing.
+    """
     if target not in get_args(Target):
         raise ConfigError(f"export: target must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}.")
+    if target == "aoti":
+        return AotiWriter(dict(inductor or {}))
+    if inductor:
+        raise ConfigError("export: inductor=... is for the target 'aoti'; ONNX graphs are not compiled by it. Drop it.")
     if not isinstance(opset, int) or not OPSETS[0] <= opset <= OPSETS[1]:
         raise ConfigError(f"export: opset must be a number from {OPSETS[0]} to {OPSETS[1]}, got {opset!r}.")
+    require_onnx()
+    return OnnxWriter(opset)
 
 
 def _analysed(

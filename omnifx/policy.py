@@ -80,11 +80,15 @@ class Policy(ABC):
         Raises: ConfigError if `speedup` is beyond what the policy allows, naming the most it allows.
         """
 
-    @property
-    def variants(self) -> tuple[Policy, ...]:
+    def variants(self, profile: Profile) -> tuple[Policy, ...]:
         """The same policy with other options, among which a calibration may choose by generations that follow them;
         none where a recording tells enough."""
         return ()
+
+    @property
+    def most_variants(self) -> int:
+        """How many these may be, whatever the profile."""
+        return 0
 
     def refined(self, profile: Profile, speedup: float) -> Policy:
         """The variant that a calibration found best at the nearest speedup; the policy itself if none was tried."""

@@ -100,7 +100,7 @@ class Rollouts:
         for asked in sorted(speedups):
             known: dict[tuple[PlanStep, ...], float] = {}
             tried: list[tuple[float, Policy]] = []
-            for policy in (plain, *plain.variants):
+            for policy in (plain, *plain.variants(self.profile)):
                 self.policy = policy
                 if (plan := self._plan(asked)) is None:
                     continue

@@ -84,6 +84,14 @@ def test_every_variant_gives_what_pytorch_gives(model: nn.Module, plan: Plan, bu
             torch.testing.assert_close(got[key], true[key], rtol=1e-5, atol=1e-5)
 
 
+def test_sessions_that_take_turns_give_the_same(bundle: Path) -> None:
+    all_open, one_open = omnifx.load_bundle(bundle), omnifx.load_bundle(bundle, most_sessions=1)
+    run: Any = {"seed": 5, "steps": 4, "text": TEXT, "cfg": 0}
+
+    assert torch.equal(generate(one_open, **run), generate(all_open, **run))
+    assert len(one_open.engine._sessions) == 1  # type: ignore[attr-defined]
+
+
 def test_weights_are_held_once_and_aligned(model: nn.Module, bundle: Path) -> None:
     import onnx
 

@@ -99,8 +99,37 @@ def test_fresh_noise_is_no_memory_and_carries_no_drift() -> None:
     np.testing.assert_allclose(path.a, 0.95, atol=0.02)
     np.testing.assert_allclose(path.b, -0.2, atol=0.05)
     made = np.linalg.norm(0.95 * x[:-1] - 0.2 * o[:-1], axis=1) / np.linalg.norm(x[:-1], axis=1)
-    np.testing.assert_allclose(path.growth[:-1], made, rtol=0.02)  # without the noise, which is the same for all
+    np.testing.assert_allclose(path.growth[:-1], (made + 0.95) / 2, rtol=0.02)  # these outputs do not see the noise
     np.testing.assert_allclose(path.a + path.b * path.answer, path.growth, rtol=1e-9)
+
+
+@pytest.mark.parametrize("answer", [0.0, 1.0, 2.5])
+def test_what_a_step_leaves_of_the_noise_before_is_measured(answer: float) -> None:
+    rng = np.random.default_rng(0)
+    x, o, way = [rng.normal(size=4000)], [], rng.normal(size=4000)
+    for k in range(9):
+        o.append(answer * x[k] + np.sin(k) * way)
+        x.append(x[k] - 0.2 * o[k] + 0.5 * rng.normal(size=4000))
+    o.append(answer * x[9])
+
+    path = Path.through(np.stack(x), np.stack(o), 0 * np.stack(x), range(10, 0, -1))
+
+    made = np.linalg.norm(np.stack(x[:-1]) - 0.2 * np.stack(o[:-1]), axis=1) / np.linalg.norm(x[:-1], axis=1)
+    assert path.is_noisy
+    kept = np.minimum(1.0 - 0.2 * answer, made)
+    np.testing.assert_allclose(path.growth[1:-1], (made[1:] + kept[1:]) / 2, rtol=0.05)
+    np.testing.assert_allclose(path.a + path.b * path.answer, path.growth, rtol=1e-9)
+
+
+def test_an_amplified_path_grows_by_that_much_more() -> None:
+    x, o = remembering(12)
+    path = Path.through(x, o, 0 * o, range(12, 0, -1))
+
+    grown = path.amplified(10.0)
+
+    assert np.prod(grown.growth) == pytest.approx(10.0 * np.prod(path.growth))
+    np.testing.assert_allclose(grown.a + grown.b * grown.answer, grown.growth, rtol=1e-9)
+    assert path.amplified(1.0).growth.tolist() == path.growth.tolist()
 
 
 def test_a_sketch_finds_nearly_the_same_path() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from omnifx.passes.find_branches import FindBranches
 from omnifx.program import Program
 from tests.reuse import EAGER, Pattern, Reference, distance, letters_of, noise
 from tests.zoo.entry import Tiny
-from tests.zoo.models import ZOO
 
 __all__ = [
     "EAGER",
@@ -283,14 +283,21 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
 
 # -- diffusers ---------------------------------------------------------------------------------------------------------
 
+
+def _from_zoo(name: str) -> Tiny:
+    from tests.zoo.models import ZOO  # late: it imports every model of diffusers, and a process may want toys alone
+
+    return ZOO[name].make()
+
+
 TINY: dict[str, Callable[[], Tiny]] = {
-    "dit": ZOO["DiTTransformer2DModel"].make,
-    "pixart": ZOO["PixArtTransformer2DModel"].make,
-    "sd3": ZOO["SD3Transformer2DModel"].make,
-    "flux": ZOO["FluxTransformer2DModel"].make,
-    "wan": ZOO["WanTransformer3DModel"].make,
-    "cogvideox": ZOO["CogVideoXTransformer3DModel"].make,
-    "latte": ZOO["LatteTransformer3DModel"].make,
+    "dit": partial(_from_zoo, "DiTTransformer2DModel"),
+    "pixart": partial(_from_zoo, "PixArtTransformer2DModel"),
+    "sd3": partial(_from_zoo, "SD3Transformer2DModel"),
+    "flux": partial(_from_zoo, "FluxTransformer2DModel"),
+    "wan": partial(_from_zoo, "WanTransformer3DModel"),
+    "cogvideox": partial(_from_zoo, "CogVideoXTransformer3DModel"),
+    "latte": partial(_from_zoo, "LatteTransformer3DModel"),
 }
 """Some of the zoo's models, by short names."""
 

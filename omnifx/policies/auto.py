@@ -32,6 +32,7 @@ user's cache.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
@@ -45,9 +46,11 @@ from omnifx.plan import COMPUTE, REUSE, SKIP, Combination, Plan
 from omnifx.policies.omnicache import OmniCache
 from omnifx.policy import SLACK, Policy, check_speedup, refuse_speedup, register
 from omnifx.profile import Profile
+from omnifx.spreads import even
 
 Kind = Literal["skip", "reuse"]
 Network = Literal["auto", "skip", "reuse"]
+Spread = Literal["searched", "even"]
 
 
 @register
@@ -66,20 +69,26 @@ class Auto(Policy):
     the combination; "auto": what the forecast finds better, and nothing where it finds them alike."""
     num_outputs: int = 4
     """1..8: computed outputs that a combination reads."""
-    num_latents: int = 1
-    """0..8: computed steps from which a combination reads the way of the latents."""
+    num_latents: int | None = None
+    """0..8: computed steps from which a combination reads the way of the latents. None: 1, but 3 without the network of
+    a sampler that adds fresh noise."""
     ridge: float | None = None
     """0..1: pull of the weights towards plain extrapolation, with the reuse graph towards its output and the noise, as
-    a share of each feature's energy. None: 1 with the reuse graph of a sampler that adds fresh noise, 1e-5 else."""
+    a share of each feature's energy. None: 1e-5; where a sampler adds fresh noise 1 with the reuse graph and .01
+    without."""
     doubt: float = 1.0
     """0..10: how uncertain the answer of a computed step to drifted latents is, as a share of it."""
-    landing: float = 0.5
-    """0..1: what share of the drift a step that is not computed tries to take back."""
+    landing: float | None = None
+    """0..1: what share of the drift a step that is not computed tries to take back. None: .5, or what a calibration
+    with `refine` found best."""
     margin: float = 0.8
     """0..1: the reuse graph is run if the drift it forecasts is below this share of that of skipping."""
     amplification: float | None = None
     """1..1000: by how much a drift of the first steps is taken to grow until the end, beside the growth of latents.
     None: 1, or what a calibration with `refine` found best."""
+    spread: Spread | None = None
+    """Which steps are computed: "searched", those that a search finds best, or "even", at the same distance. None:
+    searched, or what a calibration with `refine` found best."""
     longest_gap: int | None = None
     """>= 1: most steps in a row that are not computed; None: 1.5 times the mean distance of computed
     steps."""
@@ -89,16 +98,20 @@ class Auto(Policy):
             raise ConfigError(f"network must be one of {list(get_args(Network))}, got {self.network!r}.")
         for option, low, high in (("num_outputs", 1, 8), ("num_latents", 0, 8)):
             value = getattr(self, option)
+            if option == "num_latents" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ConfigError(f"{option} must be a whole number in [{low}, {high}], got {value!r}.")
-        if self.num_latents > self.num_outputs:
+        if self.spread is not None and self.spread not in get_args(Spread):
+            raise ConfigError(f"spread must be None or one of {list(get_args(Spread))}, got {self.spread!r}.")
+        if self.num_latents is not None and self.num_latents > self.num_outputs:
             raise ConfigError(
                 f"num_latents must be at most num_outputs ({self.num_outputs}), got {self.num_latents}: the same "
                 "computed steps are kept for both."
             )
         for option, most in (("ridge", 1.0), ("doubt", 10.0), ("landing", 1.0), ("margin", 1.0)):
             value = getattr(self, option)
-            if option == "ridge" and value is None:
+            if option in ("ridge", "landing") and value is None:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
                 raise ConfigError(f"{option} must be a number in [0, {most:g}], got {value!r}.")
@@ -112,10 +125,27 @@ class Auto(Policy):
             raise ConfigError(f"longest_gap must be None or a whole number >= 1 (steps), got {gap!r}.")
 
     @property
-    def variants(self) -> tuple[Policy, ...]:
-        if self.amplification is not None:
+    def most_variants(self) -> int:
+        return max(len(self._drifting()), len(self._noisy()))
+
+    def variants(self, profile: Profile) -> tuple[Policy, ...]:
+        if profile.path is None:
             return ()
-        return tuple(replace(self, amplification=times) for times in AMPLIFICATIONS)
+        return self._noisy() if _path_of(profile).is_noisy else self._drifting()
+
+    def _noisy(self) -> tuple[Policy, ...]:
+        """For samplers with fresh noise."""
+        networks: tuple[Network, ...] = ("skip", "reuse") if self.network == "auto" else (self.network,)
+        spreads: tuple[Spread, ...] = get_args(Spread) if self.spread is None else (self.spread,)
+        found = tuple(replace(self, network=a, spread=b) for a, b in itertools.product(networks, spreads))
+        return found if len(found) > 1 else ()
+
+    def _drifting(self) -> tuple[Policy, ...]:
+        """For samplers that only carry on what was before."""
+        amplifications = AMPLIFICATIONS if self.amplification is None else (self.amplification,)
+        landings = LANDINGS if self.landing is None else (self.landing,)
+        found = tuple(replace(self, amplification=a, landing=b) for a, b in itertools.product(amplifications, landings))
+        return found if len(found) > 1 else ()
 
     @property
     def history(self) -> int:
@@ -126,7 +156,8 @@ class Auto(Policy):
         wanted = check_speedup(speedup, default=2.0)
         if (better := self.refined(profile, wanted)) != self:
             plan = better.plan(profile, speedup=speedup)
-            why = f"Generations that followed plans chose amplification={better.options['amplification']:g}."
+            chosen = ", ".join(f"{key}={value}" for key, value in better.options.items() if value != self.options[key])
+            why = f"Generations that followed plans chose {chosen}."
             return plan.model_copy(update={"policy_options": self.options, "notes": (*plan.notes, why)})
         if profile.path is None or (profile.meta.in_parts and self.network == "reuse"):
             plan = OmniCache().plan(profile, speedup=speedup)
@@ -135,17 +166,14 @@ class Auto(Policy):
                 "captured in parts and network='reuse' was asked for): this is OmniCache's plan."
             )
             return plan.model_copy(update={"policy": self.name, "notes": (why, *plan.notes)})
-        path = Path.of(profile.path.sum((0, 1)), profile.meta.timesteps).amplified(self.amplification or 1.0)
+        path = _path_of(profile).amplified(self.amplification or 1.0)
         kinds: tuple[Kind, ...] = ("skip", "reuse") if self.network == "auto" else (self.network,)
-        if profile.meta.in_parts:
-            kinds = ("skip",)
-        elif path.is_noisy and self.network == "auto":
-            kinds = ("reuse",)
+        kinds = ("skip",) if profile.meta.in_parts else kinds
         counts = {kind: _affordable(profile, wanted, kind) for kind in kinds}
+        if path.is_noisy and len(kinds) > 1:  # forecasts overrate what fits the noise of the recording
+            counts = {kind: counts[kind] for kind in ("reuse" if counts["reuse"] == counts["skip"] else "skip",)}
         ends = {
-            kind: Forecast(path, self._features(kind, path)).search(
-                computed, longest=self.longest_gap, simple=path.is_noisy
-            )
+            kind: self._scheduled(Forecast(path, self._features(kind, path)), computed)
             for kind, computed in counts.items()
             if computed >= FEWEST
         }
@@ -155,15 +183,21 @@ class Auto(Policy):
         chosen = min(ends, key=lambda kind: ends[kind].cost * (self.margin if kind == "skip" else 1.0))
         return self._as_plan(profile, path, chosen, ends)
 
+    def _scheduled(self, forecast: Forecast, computed: int) -> State:
+        path = forecast.path
+        if self.spread == "even":
+            return forecast.follow(even(path.num_steps, computed))
+        return forecast.search(computed, longest=self.longest_gap, simple=path.is_noisy)
+
     def _features(self, kind: Kind, path: Path) -> Features:
-        ridge = RIDGE_OF_NOISE if path.is_noisy and kind == "reuse" else Features.ridge
+        ridge, latents = NOISY[kind] if path.is_noisy else (Features.ridge, Features.latents)
         return Features(
             reuses=kind == "reuse",
             history=self.num_outputs,
-            latents=self.num_latents,
+            latents=min(latents, self.num_outputs) if self.num_latents is None else self.num_latents,
             ridge=ridge if self.ridge is None else self.ridge,
             doubt=self.doubt,
-            landing=self.landing,
+            landing=LANDINGS[0] if self.landing is None else self.landing,
         )
 
     def _as_plan(self, profile: Profile, path: Path, kind: Kind, ends: dict[Kind, State]) -> Plan:
@@ -187,20 +221,29 @@ class Auto(Policy):
         )
 
 
-RIDGE_OF_NOISE = 1.0
-"""Weights' pull towards the reuse graph's output where the sampler adds fresh noise, which that graph sees and no old
-output knows. Freer weights fit the noise of the recording. Trained digits DiT, 20 steps, 10 of them computed, 30 tuning
-seeds: DDIM with eta 1: 35.1 dB instead of 31.0, SDE-DPM-Solver++: 37.7 instead of 29.2."""
+NOISY: dict[Kind, tuple[float, int]] = {"reuse": (1.0, 1), "skip": (1e-2, 3)}
+"""Ridge and number of latents where the sampler adds fresh noise. The reuse graph sees it, and freer weights would fit
+the noise of the recording; without the network only latents know it. Trained digits DiT, 20 steps, 10 of them computed,
+30 tuning seeds: DDIM with eta 1: 35.1 dB with the graph, 32.9 without, 31.0 with ridge 1e-5 and one step's latents;
+SDE-DPM-Solver++: 37.7, 34.6 and 29.2."""
 
 AMPLIFICATIONS = (1.0, 3.0, 10.0)
 """What a calibration with `refine` chooses from. A recording does not show how drift grows: on the digits models 1 is
 best, within a factor of two of what was measured; on the moving digits at 20 steps, where samples that drift early end
 as other videos, 10 is: 36.7 dB instead of 33.1 (8 steps computed, 60 tuning seeds)."""
 
+LANDINGS = (0.5, 1.0)
+"""As well; the first is taken where nothing was tried."""
+
 FEWEST = 2
 """Steps that are computed at least: one output tells nothing of where it goes."""
 
 _DOES = {"skip": "skip the network", "reuse": "run the reuse graph"}
+
+
+def _path_of(profile: Profile) -> Path:
+    assert profile.path is not None
+    return Path.of(profile.path.sum((0, 1)), profile.meta.timesteps)
 
 
 def _affordable(profile: Profile, speedup: float, kind: Kind) -> int:
