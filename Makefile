@@ -84,12 +84,13 @@ preflight:
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
 	    echo "make: Inductor compiles against Python.h, and $(PYTHON) has none. On Debian or Ubuntu: apt-get install python3-dev" >&2; exit 1; }
 
+# Of the environments beside .venv little is imported, so pip compiles nothing in them (--no-compile).
 # torch goes first and alone: a CPU build that pip already knows of, or else the one of TORCH_INDEX. What follows finds it there.
 define make_venv
 	rm -rf $(1)
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python $(PIP_INSTALL) '$(TORCH)$(TORCH_BUILD)' 2>/dev/null \
-	    || $(1)/bin/python -m pip install --quiet --index-url '$(TORCH_INDEX)' '$(TORCH)'
+	$(1)/bin/python $(PIP_INSTALL) $(2) '$(TORCH)$(TORCH_BUILD)' 2>/dev/null \
+	    || $(1)/bin/python -m pip install --quiet $(2) --index-url '$(TORCH_INDEX)' '$(TORCH)'
 endef
 
 .venv/.installed: pyproject.toml constraints.txt | preflight
@@ -102,18 +103,18 @@ endef
 .venv-triton/.installed: constraints.txt | preflight
 	rm -rf .venv-triton
 	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python $(PIP_INSTALL) 'tritonclient[grpc,http]'
-	.venv-triton/bin/python $(PIP_INSTALL) --no-deps nvidia-pytriton
+	.venv-triton/bin/python $(PIP_INSTALL) --no-compile 'tritonclient[grpc,http]'
+	.venv-triton/bin/python $(PIP_INSTALL) --no-compile --no-deps nvidia-pytriton
 	touch $@
 
 .venv-wheel/.torch: constraints.txt | preflight
-	$(call make_venv,.venv-wheel)
+	$(call make_venv,.venv-wheel,--no-compile)
 	touch $@
 
 # The first line replaces an older build of the same version, the second adds what it needs, and for mypy the stubs.
 .venv-wheel/.installed: .venv-wheel/.torch dist/.built
 	.venv-wheel/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/omnifx-*.whl
-	.venv-wheel/bin/python $(PIP_INSTALL) dist/omnifx-*.whl types-networkx
+	.venv-wheel/bin/python $(PIP_INSTALL) --no-compile dist/omnifx-*.whl types-networkx
 	touch $@
 
 dist/.built: pyproject.toml LICENSE $(SOURCES) | .venv/.installed
