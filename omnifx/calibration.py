@@ -50,9 +50,9 @@ def calibrate(
             decides at run time and learns from a model (`teacache`) gets the signals that it learns from, and no more.
         runs: Number of generations, seeds 0 to runs - 1; from 3 on, a third of them is held back to judge corrections.
         refine: On how many of the runs plans are tried out, where the policy has variants that a recording cannot tell
-            apart (`auto`: how drift grows, and how much of it is taken back). Each runs in full once more, and once more
-            for each variant and speedup: for `auto` with the default speedups at the cost of up to 13 uncached
-            generations. Worth it where few steps of a hard model are computed.
+            apart (`auto`: how drift grows, and how much of it is taken back). Each runs in full once more, and by
+            every variant's plan for every speedup: for `auto` with the default speedups at the cost of up to 13
+            uncached generations. Worth it where few steps of a hard model are computed.
         rollouts: Further generations, seeds `runs` to `runs + rollouts - 1`, whose samples tell what PSNR plans reach,
             as `min_psnr` of plans needs it. Each runs in full once, and once for each speedup: with the default ones
             at the cost of 3.0 uncached generations. The error of the mean is in the plans' notes; for 0.5 dB it takes
