@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from omnifx.bundle import Manifest, Run, Source, TensorInfo, num_bytes
-from omnifx.clock import Watched, close, mark, marked_for
+from omnifx.clock import Watched, close, mark, marked_for, shown
 from omnifx.errors import BundleError
 from omnifx.export_capture import difference, leaves_of_call
 
@@ -166,8 +166,8 @@ class BundleRunner:
         known = self.manifest.scheduler.timesteps
         if len(given) != len(known) or not all(map(close, given, known)):
             raise BundleError(
-                f"{self._name}: the sampler has {len(given)} timesteps {_short(given)}, but the bundle was made for "
-                f"{len(known)}: {_short(known)}. Set the sampler up in the same way, or export for its timesteps."
+                f"{self._name}: the sampler has {len(given)} timesteps {shown(given)}, but the bundle was made for "
+                f"{len(known)}: {shown(known)}. Set the sampler up in the same way, or export for its timesteps."
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ class BundleRunner:
         values = [float(v) for name in self._times for v in leaves[name].reshape(-1).tolist()]
         if any(not close(value, values[0]) for value in values):
             raise BundleError(
-                f"{self._name}: the timesteps of a call differ ({_short(values)}); a bundle has one for all samples."
+                f"{self._name}: the timesteps of a call differ ({shown(values)}); a bundle has one for all samples."
             )
         return values[0]
 
@@ -310,7 +310,7 @@ class BundleRunner:
         at = next((k for k, timestep in enumerate(known) if close(timestep, time)), None)
         if at is None:
             return (
-                f"{self._name}: the timestep {time:g} is none of the bundle's {len(known)}: {_short(known)}. Set the "
+                f"{self._name}: the timestep {time:g} is none of the bundle's {len(known)}: {shown(known)}. Set the "
                 "sampler up as it was exported, or export for its timesteps."
             )
         waiting = [s for s in self._streams.values() if s.mark is token and s.context == context and s.step + 1 == at]
@@ -452,11 +452,6 @@ def _sampled(latents: Tensor) -> Tensor:
     """Up to 256 elements, evenly spread."""
     flat = latents.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
-
-
-def _short(values: Sequence[float]) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:4])
-    return f"[{shown}, ...]" if len(values) > 4 else f"[{shown}]"
 
 
 def _described(value: object) -> str:

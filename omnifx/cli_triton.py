@@ -10,7 +10,7 @@ import typer
 
 from omnifx.bundle_loading import Runtime
 from omnifx.errors import ConfigError
-from omnifx.sampling import Guidance
+from omnifx.sampling_setup import Guidance
 from omnifx.triton_repository import write_triton
 
 Load = Callable[[str], Any]
@@ -100,7 +100,7 @@ def write_beside(exported: tuple[Any, ...], bundle: Path, repository: Path) -> N
 
     from omnifx.bundle import Manifest
     from omnifx.export_capture import bind_arguments, leaves_of_call
-    from omnifx.sampling import latents_of
+    from omnifx.sampling_setup import latents_of
 
     manifest = Manifest.load(bundle, verify=False)
     batch, leaves = latents_of(manifest)[1].shape[0], leaves_of_call(bind_arguments(exported[0], exported[1]))

@@ -196,6 +196,12 @@ def close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
 
 
+def shown(timesteps: Sequence[float]) -> str:
+    """The first few of them, for a message."""
+    first = ", ".join(f"{value:g}" for value in timesteps[:4])
+    return f"[{first}, ...]" if len(timesteps) > 4 else f"[{first}]"
+
+
 def largest_move(expected: float) -> float:
     """The largest relative move of the latents that is taken for one step where calibration saw `expected`.
 
@@ -248,4 +254,5 @@ __all__ = [
     "largest_move",
     "mark",
     "marked_for",
+    "shown",
 ]

@@ -96,32 +96,29 @@ class Rollouts:
         Raises: as `measure`.
         """
         self._prepare()
-        plain, found = self.policy, []
-        for asked in sorted(speedups):
-            known: dict[tuple[PlanStep, ...], float] = {}
-            tried: list[tuple[float, Policy]] = []
-            for policy in (plain, *plain.variants(self.profile)):
-                self.policy = policy
-                if (plan := self._plan(asked)) is None:
-                    continue
-                key = plan.steps
-                known[key] = known[key] if key in known else self._point(plan, asked).psnr
-                tried.append((known[key], policy))
-            self.policy = plain
-            if tried:
-                psnr, best = max(tried, key=lambda pair: pair[0])  # of equal ones the first
-                before, after = plain_options(plain.options), plain_options(best.options)
-                found.append(
-                    Refinement(
-                        policy=plain.name,
-                        options=before,
-                        asked=asked,
-                        better={key: value for key, value in after.items() if before[key] != value},
-                        psnr=psnr,
-                        plain_psnr=tried[0][0],
-                    )
-                )
-        return tuple(found)
+        return tuple(found for asked in sorted(speedups) if (found := self._best_at(asked)) is not None)
+
+    def _best_at(self, asked: float) -> Refinement | None:
+        """The best variant at a speedup; None if the policy as it is does not reach it. Equal plans run once."""
+        reached: dict[tuple[PlanStep, ...], float] = {}
+        tried: list[tuple[float, Policy]] = []
+        for policy in (self.policy, *self.policy.variants(self.profile)):
+            if (plan := self._plan(asked, policy)) is not None:
+                if plan.steps not in reached:
+                    reached[plan.steps] = self._point(plan, asked).psnr
+                tried.append((reached[plan.steps], policy))
+            elif not tried:
+                return None
+        psnr, best = max(tried, key=lambda pair: pair[0])  # of equal ones the first
+        before, after = plain_options(self.policy.options), plain_options(best.options)
+        return Refinement(
+            policy=self.policy.name,
+            options=before,
+            asked=asked,
+            better={key: value for key, value in after.items() if before[key] != value},
+            psnr=psnr,
+            plain_psnr=tried[0][0],
+        )
 
     def _prepare(self) -> None:
         """Compile the model, and generate the uncached samples."""
@@ -131,9 +128,9 @@ class Rollouts:
         self._uncached = [self._run(full, seed).cpu() for seed in self.seeds]
         self.data_range = self.data_range or range_of(torch.cat(self._uncached))
 
-    def _plan(self, asked: float) -> Plan | None:
+    def _plan(self, asked: float, policy: Policy | None = None) -> Plan | None:
         try:
-            return self.policy.plan(self.profile, speedup=asked)
+            return (policy or self.policy).plan(self.profile, speedup=asked)
         except ConfigError:
             return None
 

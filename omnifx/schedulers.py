@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omnifx.bundle import SamplerState, SchedulerInfo
-from omnifx.clock import close
+from omnifx.clock import close, shown
 from omnifx.errors import BundleError
 
 _WORDS = {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}
@@ -98,14 +98,9 @@ def _check_timesteps(info: SchedulerInfo, own: Sequence[float]) -> None:
         fits = all(close(a * factor, b) for a, b in zip(own, seen, strict=True))
     if not fits:
         raise BundleError(
-            f"{info.name} has {len(own)} timesteps {_short(own)}, but the bundle's steps are at {len(seen)}: "
-            f"{_short(seen)}. Give the scheduler as it samples: made with its configuration, set_timesteps called."
+            f"{info.name} has {len(own)} timesteps {shown(own)}, but the bundle's steps are at {len(seen)}: "
+            f"{shown(seen)}. Give the scheduler as it samples: made with its configuration, set_timesteps called."
         )
-
-
-def _short(values: Sequence[float]) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:4])
-    return f"[{shown}, ...]" if len(values) > 4 else f"[{shown}]"
 
 
 __all__ = ["make_scheduler", "plain_config", "scheduler_info"]

@@ -23,7 +23,8 @@ from omnifx.bundle_loading import load_bundle
 from omnifx.bundle_runner import BundleRunner
 from omnifx.errors import BundleError, ConfigError, OmnifxError
 from omnifx.export_capture import TOLERANCE
-from omnifx.sampling import Sampler, Sampling, load_function
+from omnifx.sampling import Sampler, load_function
+from omnifx.sampling_setup import Sampling
 from omnifx.triton_repository import BUNDLE, LATENTS, SAMPLER, SEED, STEP
 
 STEPS, SCALE, EVERY = "steps", "guidance_scale", "stream_every"

@@ -26,15 +26,8 @@ from torch import Tensor
 from omnifx.bundle import MANIFEST, Manifest
 from omnifx.bundle_loading import Runtime
 from omnifx.errors import ConfigError
-from omnifx.sampling import (
-    Guidance,
-    Sampling,
-    latents_of,
-    load_function,
-    row_shape,
-    samples_of,
-    sampling_of,
-)
+from omnifx.sampling import load_function
+from omnifx.sampling_setup import Guidance, Sampling, latents_of, row_shape, samples_of, sampling_of
 
 CONFIG = "config.pbtxt"
 VERSION = "1"

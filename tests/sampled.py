@@ -11,7 +11,8 @@ from torch import nn
 
 import omnifx
 from omnifx.bundle_runner import BundleRunner
-from omnifx.sampling import Sampler, sampling_of
+from omnifx.sampling import Sampler
+from omnifx.sampling_setup import sampling_of
 from omnifx.schedulers import scheduler_info
 from tests.exporting import in_torch, plan_by_hand
 from tests.toys import noise, toy, toy_inputs

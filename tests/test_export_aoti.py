@@ -201,6 +201,10 @@ def test_a_program_in_cpp_runs_a_bundle(run_bundle: Any, bundle: Path, copied: P
     assert run_bundle(bundle, 0).returncode == 1
     done = run_bundle(bundle.parent)
     assert (done.returncode, "its manifest.json cannot be read" in done.stderr) == (2, True)
+    text = (copied / MANIFEST).read_text(encoding="utf-8")
+    (copied / MANIFEST).write_text(text.replace(f'"{WEIGHTS}"', f'"../{copied.name}/{WEIGHTS}"'), encoding="utf-8")
+    assert f"../{copied.name}/{WEIGHTS} is not in the bundle's folder" in run_bundle(copied).stderr
+    (copied / MANIFEST).write_text(text, encoding="utf-8")
     with (copied / WEIGHTS).open("r+b") as file:
         file.truncate(100)
     assert "weights.bin was cut off or changed" in run_bundle(copied).stderr

@@ -15,7 +15,8 @@ from torch import Tensor
 from omnifx.bundle import Manifest, SchedulerInfo
 from omnifx.bundle_runner import BundleRunner
 from omnifx.errors import BundleError, ConfigError
-from omnifx.sampling import Sampler, SampleRequest, Sampling, load_function, sample, sampling_of
+from omnifx.sampling import Sampler, SampleRequest, load_function, sample
+from omnifx.sampling_setup import Sampling, sampling_of
 from omnifx.schedulers import make_scheduler, scheduler_info
 from tests.sampled import BATCH, LABELS, NEGATIVES, TEXTS, made, model, runner, sampler
 from tests.toys import distance, noise

@@ -16,6 +16,7 @@
 #include <torch/version.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -98,6 +99,9 @@ class Bundle {
   const Json& manifest() const { return manifest_; }
   size_t num_steps() const { return manifest_.at("steps").size(); }
 
+  // A file of the manifest. It must lie in the folder, and have its size.
+  Path file(const Json& info) const { return checked(info); }
+
   // One call of the model: its arguments by path, contiguous, in; its outputs out.
   std::vector<at::Tensor> step(Generation& generation, const Tensors& arguments) {
     std::map<size_t, at::Tensor> outputs;
@@ -122,7 +126,10 @@ class Bundle {
   using Loader = torch::inductor::AOTIModelPackageLoader;
 
   Path checked(const Json& file) const {
-    const Path path = folder_ / file.at("path").get<std::string>();
+    const Path inside = file.at("path").get<std::string>();
+    if (inside.is_absolute() || std::find(inside.begin(), inside.end(), "..") != inside.end())
+      throw std::runtime_error(inside.string() + " is not in the bundle's folder");
+    const Path path = folder_ / inside;
     if (std::filesystem::file_size(path) != file.at("bytes"))
       throw std::runtime_error(path.string() + " was cut off or changed");
     return path;

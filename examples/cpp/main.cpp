@@ -52,7 +52,7 @@ int main(int count, char** words) try {
 
   omnifx::Bundle bundle(folder);
   const omnifx::Json& manifest = bundle.manifest();
-  const omnifx::MappedFile file(folder / manifest.at("reference").at("path").get<std::string>());
+  const omnifx::MappedFile file(bundle.file(manifest.at("reference")));
   const omnifx::Tensors reference = read_safetensors(file);
 
   omnifx::Generation generation;
