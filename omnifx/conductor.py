@@ -296,6 +296,11 @@ class Conductor:
         return sum(part.program.analysis.flops for part in self.parts)
 
     @property
+    def reuse_flops(self) -> int:
+        """FLOPs of a step that reuses everything."""
+        return sum(part.program.reuse_flops for part in self.parts)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of one stream's cuts, at the sizes seen first."""
         return self._num_bytes()

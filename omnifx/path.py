@@ -36,8 +36,13 @@ MOST_REMEMBERED = 2
 CLEAN = 1e-3
 """Share of a step's length that a solver may leave unexplained, as rounding does."""
 
-NOISY = 0.3
-"""Share of a step's length, in the median over steps, from which on what a solver does is fresh noise for the most."""
+UNEXPLAINED = 0.3
+"""Share of a step's length, in the median over steps, from which on what is left over decides: fresh noise, or
+clips."""
+
+LASTING = 0.5
+"""Cosine of what is left over in a step and in the one before, in the median over steps, from which on it is no fresh
+noise but clips, which mostly hit the same elements again: about 0, and .9, on the digits DiT."""
 
 CLEARER = 0.1
 """What share of the residual a memory must leave, to be believed."""
@@ -102,6 +107,7 @@ class Path:
         those of the last step, whose result nobody saw, are those of the step before.
         residual: [S], what the solver's step does beside that (clips, fresh noise), over the length of the step; no
         unit.
+        lasting: Cosine of what a step does beside that to what the step before did, in the median over steps; no unit.
         times: [S], the timesteps, in the model's units.
         past_x, past_o: [S, depth], what the solver remembers; depth 0 if nothing.
         growth: [S], norm of the step's result, what is left over aside, over that of its latents: what a step makes
@@ -116,6 +122,7 @@ class Path:
     a: Array
     b: Array
     residual: Array
+    lasting: float
     times: Array
     past_x: Array
     past_o: Array
@@ -145,7 +152,7 @@ class Path:
         solver = next(clean, plain)
         norms = np.linalg.norm(x, axis=1)
         growth = solver.lengths / np.maximum(norms, np.finfo(np.float64).tiny)
-        if np.median(solver.residual) > NOISY:
+        if _is_noise(solver):
             growth = (growth + np.clip(_kept_noise(x, o, plain), 0.0, growth)) / 2
         answer = np.where(plain.b == 0.0, 0.0, (growth - plain.a) / np.where(plain.b == 0.0, 1.0, plain.b))
         return cls(
@@ -155,6 +162,7 @@ class Path:
             solver.a,
             solver.b,
             solver.residual,
+            solver.lasting,
             np.asarray(times, dtype=np.float64),
             solver.past_x,
             solver.past_o,
@@ -184,8 +192,13 @@ class Path:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the sampler adds fresh noise, or does else what latents and outputs do not tell."""
-        return bool(np.median(self.residual) > NOISY)
+        """Whether most of what the sampler does is to add fresh noise."""
+        return _is_noise(self)
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether most of what the sampler does, beside what is affine, lasts from step to step, as clips do."""
+        return bool(np.median(self.residual) > UNEXPLAINED) and not self.is_noisy
 
     @property
     def num_steps(self) -> int:
@@ -201,6 +214,7 @@ class _Solver(NamedTuple):
     past_x: Array
     past_o: Array
     residual: Array
+    lasting: float
     lengths: Array
     """[S], norms of the steps' results, what is left over aside."""
 
@@ -208,7 +222,7 @@ class _Solver(NamedTuple):
     def fit(cls, x: Array, o: Array, depth: int) -> _Solver:
         steps = len(x)
         weights = np.zeros((steps, 2, depth + 1))
-        residual, lengths = np.zeros(steps), np.zeros(steps)
+        residual, lengths, left = np.zeros(steps), np.zeros(steps), np.zeros_like(x)
         for k in range(steps - 1):
             known = min(k, depth) + 1
             columns = np.concatenate([x[k - known + 1 : k + 1][::-1], o[k - known + 1 : k + 1][::-1]]).T
@@ -216,11 +230,26 @@ class _Solver(NamedTuple):
             weights[k, :, :known] = found.reshape(2, known)
             made = columns @ found
             length = float(np.linalg.norm(x[k + 1] - x[k]))
-            residual[k] = np.linalg.norm(made - x[k + 1]) / length if length else 0.0
+            left[k] = x[k + 1] - made
+            residual[k] = np.linalg.norm(left[k]) / length if length else 0.0
             lengths[k] = np.linalg.norm(made)
         weights[-1], residual[-1] = weights[-2], residual[-2]
         lengths[-1] = lengths[-2] * np.linalg.norm(x[-1]) / max(float(np.linalg.norm(x[-2])), 1e-300)
-        return cls(weights[:, 0, 0], weights[:, 1, 0], weights[:, 0, 1:], weights[:, 1, 1:], residual, lengths)
+        past_x, past_o = weights[:, 0, 1:], weights[:, 1, 1:]
+        return cls(weights[:, 0, 0], weights[:, 1, 0], past_x, past_o, residual, _lasting(left[:-1]), lengths)
+
+
+def _lasting(left: Array) -> float:
+    """The median cosine of successive rows; 0 if there are none."""
+    norms = np.linalg.norm(left, axis=1)
+    products = norms[1:] * norms[:-1]
+    cosines = np.einsum("kr,kr->k", left[1:], left[:-1]) / np.where(products == 0.0, 1.0, products)
+    return float(np.median(cosines)) if len(cosines) else 0.0
+
+
+def _is_noise(found: Path | _Solver) -> bool:
+    """Whether most of a solver's steps is fresh noise."""
+    return bool(np.median(found.residual) > UNEXPLAINED) and found.lasting < LASTING
 
 
 def _kept_noise(x: Array, o: Array, solver: _Solver) -> Array:

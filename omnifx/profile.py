@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnifx.errors import ConfigError, ProfileError
-from omnifx.plan import COMPUTE, REUSE, SKIP, Action, Row, partial_tokens
+from omnifx.plan import COMPUTE, PREDICT, REUSE, SKIP, Action, Row, partial_tokens
 from omnifx.prior import Prior, prior_path
 from omnifx.quality import Quality, Refinement, Timing
 
@@ -116,6 +116,9 @@ class ProfileMeta(BaseModel):
     num_runs: int = Field(ge=1)
     flops: int = Field(ge=0)
     """FLOPs of one call that computes everything."""
+    reuse_flops: int | None = Field(default=None, ge=0)
+    """FLOPs of one call that reuses all branches, tables of what the timestep decides at hand; None if it was measured
+    by an older version."""
     branches: tuple[BranchMeta, ...]
     latent_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
@@ -182,6 +185,8 @@ class ProfileMeta(BaseModel):
         """
         if SKIP in row:  # nothing of the network is left
             return 0.0
+        if self.reuse_flops is not None and row and not spans and set(row) <= {REUSE, PREDICT}:
+            return self.reuse_flops / self.flops if self.flops else 1.0
         reused = {
             name: self.span(name)
             for name, action in zip(spans, row[len(self.branches) :], strict=True)

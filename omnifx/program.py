@@ -445,6 +445,21 @@ class Program:
             for s in found
         )
 
+    @cached_property
+    def reuse_flops(self) -> int:
+        """FLOPs of the variant that reuses all branches: less than `Analysis.reuse_flops` where what is left of the
+        network is decided by timesteps and labels alone, and comes from a table."""
+        spec = self.reusing(self.reuse_row, corrects=False)
+        if spec in self.variants:
+            return self.variants[spec].flops
+
+        def counted() -> int:
+            gm = clone(self.gm)
+            run_passes(gm, pipeline(spec, self.grids, hoists=self.hoists), label=spec.label)
+            return total_flops(gm)
+
+        return self.guarded(counted)[0]
+
     def branch_metas(self) -> tuple[BranchMeta, ...]:
         """What a profile keeps of each cached branch. Their FLOPs add up to what reusing all of them saves."""
         return tuple(

@@ -445,6 +445,7 @@ class Session:
             fingerprint=conductor.fingerprint,
             versions=versions(),
             flops=conductor.flops,
+            reuse_flops=conductor.reuse_flops,
             branches=conductor.branch_metas(),
             blocks=conductor.parts[0].program.block_metas() if not conductor.broken else (),
             spans=conductor.parts[0].program.span_metas() if not conductor.broken else (),
