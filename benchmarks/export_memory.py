@@ -23,11 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import omnifx
+from benchmarks.export_size import TIMESTEPS, every_other_step
 from omnifx.example_inputs import lively
-from omnifx.plan import COMPUTE, REUSE, Plan, PlanStep
-from omnifx.session import fingerprint_of
-
-TIMESTEPS = (999.0, 666.0, 333.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -89,20 +86,11 @@ def _export(model: Any, folder: Path, target: str) -> None:
     dtype = next(model.parameters()).dtype
     example: dict[str, Tensor] = {
         "hidden_states": torch.randn(1, 4, 16, 16).to(dtype),
-        "timestep": torch.tensor([666]),
+        "timestep": torch.tensor([int(TIMESTEPS[1])]),
         "class_labels": torch.tensor([3]),
     }
     names = tuple(branch.name for branch in omnifx.explain(model, **example).branches if branch.cacheable)
-    plan = Plan(
-        policy="by hand",
-        model=type(model).__name__,
-        fingerprint=fingerprint_of(model, names),
-        timesteps=TIMESTEPS,
-        branches=names,
-        variants=((COMPUTE,) * len(names), (REUSE,) * len(names)),
-        steps=tuple(PlanStep(variant=k % 2) for k in range(len(TIMESTEPS))),
-        reuse_flops=(1.0, 0.1),
-    )
+    plan = every_other_step(model, names)
     omnifx.export(model, example, plan, folder, target=target, progress=False)  # type: ignore[arg-type]
 
 

@@ -59,9 +59,8 @@ def make_dit(depth: int, width: int, dtype: torch.dtype, batch: int) -> tuple[An
     return model.eval(), arguments
 
 
-def every_other_step(model: Any, depth: int) -> Plan:
-    """Full and reuse in turn, for all attentions and MLPs."""
-    names = tuple(f"transformer_blocks.{i}.{part}" for i in range(depth) for part in ("attn1", "ff"))
+def every_other_step(model: Any, names: tuple[str, ...]) -> Plan:
+    """Full and reuse in turn, for all branches of these names."""
     return Plan(
         policy="every other step",
         model=type(model).__name__,
@@ -79,7 +78,8 @@ def export(folder: Path, depth: int, width: int, dtype: str, batch: int) -> dict
     model, arguments = make_dit(depth, width, getattr(torch, dtype), batch)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     loaded, start, cpu = peak_bytes(), time.perf_counter(), time.process_time()
-    omnifx.export(model, arguments, every_other_step(model, depth), folder, progress=False)
+    names = tuple(f"transformer_blocks.{i}.{part}" for i in range(depth) for part in ("attn1", "ff"))
+    omnifx.export(model, arguments, every_other_step(model, names), folder, progress=False)
     return {
         "model_weights_bytes": weights,
         "seconds": time.perf_counter() - start,

@@ -5,8 +5,9 @@
 
 Each rival's settings are tried on tuning seeds (OUT/tuning.json has them all). For each share of compute the `--top`
 methods, each with its best setting there, and the sampler's own solver with fewer steps are reported, on other seeds. A
-rival may take up to `TOLERANCE` more compute than the share; omnifx may not. The default of omnifx has no setting to
-tune: it is asked for the share. What needs a calibration gets one, from a third set of seeds.
+rival may take up to `TOLERANCE` more compute than the share; omnifx what its plans for that speedup take, at most .05
+of a step more (`omnifx.policy.SLACK`). The default of omnifx has no setting to tune: it is asked for the share. What
+needs a calibration gets one, from a third set of seeds.
 
 Samples are made in batches of one set; peers that decide at run time decide for a batch. Compute is what ran: FLOPs of
 matrix products, convolutions and attention over the uncached ones; calls over steps where nothing else is done. All

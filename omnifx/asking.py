@@ -208,8 +208,8 @@ def _with_notes(policy: Policy, profile: Profile, plan: Plan, ask: Ask) -> Plan:
 
 
 TRANSFER_LOSS = (
-    "on the digits DiT that loses up to 0.3 dB from 50 steps to 20 or 30 at 2x and 3x, and 4 from 20 to 50 at 2x, "
-    "beside plans that were measured there (docs/asking.md)."
+    "on the digits models that loses up to 1.8 dB from 50 steps to 20 or 30, and 2 to 6 dB from 20 to 50, at 2x and "
+    "3x, beside plans that were measured there (docs/asking.md)."
 )
 
 

@@ -117,7 +117,7 @@ class ProfileMeta(BaseModel):
     flops: int = Field(ge=0)
     """FLOPs of one call that computes everything."""
     reuse_flops: int | None = Field(default=None, ge=0)
-    """FLOPs of one call that reuses all branches, tables of what the timestep decides at hand; None if it was measured
+    """FLOPs of one call that reuses all branches, if its timesteps and labels were seen before; None if it was measured
     by an older version."""
     branches: tuple[BranchMeta, ...]
     latent_shape: tuple[int, ...]

@@ -448,7 +448,7 @@ class Program:
     @cached_property
     def reuse_flops(self) -> int:
         """FLOPs of the variant that reuses all branches: less than `Analysis.reuse_flops` where what is left of the
-        network is decided by timesteps and labels alone, and comes from a table."""
+        network is decided by timesteps and labels alone, and comes from a table once they were seen."""
         spec = self.reusing(self.reuse_row, corrects=False)
         if spec in self.variants:
             return self.variants[spec].flops

@@ -91,4 +91,5 @@ def test_a_reuse_variant_costs_what_the_analysis_says() -> None:
     reusing = program.variant(program.reusing(program.reuse_row, corrects=False))
 
     assert REUSE in reusing.spec.row
+    assert reusing.flops == program.reuse_flops == traced.program().reuse_flops  # counted before it is made, too
     assert 0 < reusing.flops <= traced.analysis.reuse_flops  # less where narrowed linears compute the gates alone

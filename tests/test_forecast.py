@@ -36,7 +36,7 @@ def path_through(x: Array, o: Array, q: Array, *, b: float = -0.2) -> Path:
     growth = np.append(norms[1:] / norms[:-1], norms[-1] / norms[-2]) if norms.all() else ones
     answer = (growth - 1.0) / b if b else 0 * ones
     none = np.zeros((len(x), 0))
-    return Path(x, o, q, ones, b * ones, 0 * ones, np.arange(len(x), 0.0, -1.0), none, none, growth, answer)
+    return Path(x, o, q, ones, b * ones, 0 * ones, 0.0, np.arange(len(x), 0.0, -1.0), none, none, growth, answer)
 
 
 def plain(reuses: bool = False, **changes: float) -> Features:

@@ -116,9 +116,27 @@ def test_what_a_step_leaves_of_the_noise_before_is_measured(answer: float) -> No
 
     made = np.linalg.norm(np.stack(x[:-1]) - 0.2 * np.stack(o[:-1]), axis=1) / np.linalg.norm(x[:-1], axis=1)
     assert path.is_noisy
+    assert not path.is_clipped
     kept = np.minimum(1.0 - 0.2 * answer, made)
     np.testing.assert_allclose(path.growth[1:-1], (made[1:] + kept[1:]) / 2, rtol=0.05)
     np.testing.assert_allclose(path.a + path.b * path.answer, path.growth, rtol=1e-9)
+
+
+def test_clips_are_told_from_fresh_noise() -> None:
+    """What a clip takes away lasts from step to step, as what it clips moves slowly."""
+    rng = np.random.default_rng(0)
+    x, o, ways = [3 * rng.normal(size=4000)], [], rng.normal(size=(2, 4000))
+    for k in range(12):
+        o.append(ways[0] + k / 12 * ways[1])
+        x.append(np.clip(x[k] - 0.1 * o[k], -1.0, 1.0) + 0.9 * o[k])
+
+    path = Path.through(np.stack(x[:-1]), np.stack(o), 0 * np.stack(o), range(12, 0, -1))
+
+    assert path.is_clipped
+    assert not path.is_noisy
+    assert path.projected(1e-3).is_clipped
+    kept = np.linalg.norm(path.a[:, None] * path.x + path.b[:, None] * path.o, axis=1)
+    np.testing.assert_allclose(path.growth[:-1], (kept / np.linalg.norm(path.x, axis=1))[:-1])
 
 
 def test_an_amplified_path_grows_by_that_much_more() -> None:

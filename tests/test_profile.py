@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from omnifx.errors import ProfileError
-from omnifx.plan import COMPUTE, REUSE
+from omnifx.plan import COMPUTE, PREDICT, REUSE
 from omnifx.profile import NUM_BANDS, NUM_HALVES, Profile
 from tests.profiles import make_profile
 
@@ -48,6 +48,9 @@ def test_cost_of_a_row_is_what_its_reuses_leave() -> None:
     assert meta.cost_of((COMPUTE, COMPUTE)) == 1.0
     assert meta.cost_of((REUSE, COMPUTE)) == pytest.approx(0.5)
     assert meta.cost_of((REUSE, REUSE)) == pytest.approx(0.2)
+    counted = meta.model_copy(update={"reuse_flops": 5})  # less, where the branches' leave nothing to read
+    assert counted.cost_of((REUSE, REUSE)) == counted.cost_of((PREDICT, PREDICT)) == pytest.approx(0.05)
+    assert counted.cost_of((REUSE, COMPUTE)) == pytest.approx(0.5)
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
