@@ -111,6 +111,8 @@ class State:
     noise_doubt: float = 0.0
     steps: tuple[Weights | None, ...] = ()
     """What was done so far; None where it was computed."""
+    off: tuple[float, ...] = ()
+    """How far the output of each step is from the recorded one, over its norm, as far as it is known."""
     past: tuple[tuple[Array, Array], ...] = ()
     """Drifts, and how wrong outputs were, at the last steps, newest first: what the solver remembers."""
 
@@ -134,11 +136,13 @@ class Forecast:
     features: Features
     _norms: Array = field(init=False)
     _noise_sum: Array = field(init=False)
+    _output_norms: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         path, norms = self.path, np.linalg.norm(self.path.x, axis=1)
         self._norms = np.append(norms[1:], norms[-1] * path.growth[-1])
         self._noise_sum = np.cumsum(path.q, axis=0)
+        self._output_norms = np.linalg.norm(path.o, axis=1).tolist()
 
     def start(self) -> State:
         """Before the first step."""
@@ -160,7 +164,15 @@ class Forecast:
         moved = self._carried([state], drifts) + self.path.b[k] * error
         (end,) = self._ends([state], moved, np.zeros(1))
         past = ((state.drift, error), *state.past)[: self.path.depth]
-        return State(*end, known=known, noise=noise, noise_doubt=noise_doubt, steps=(*state.steps, None), past=past)
+        return State(
+            *end,
+            known=known,
+            noise=noise,
+            noise_doubt=noise_doubt,
+            steps=(*state.steps, None),
+            off=(*state.off, self._share_of(error, k)),
+            past=past,
+        )
 
     def predict(self, state: State) -> State:
         """The step is a combination, with the weights of least squares."""
@@ -278,6 +290,7 @@ class Forecast:
                 noise=state.noise,
                 noise_doubt=state.noise_doubt,
                 steps=(*state.steps, self._named(row, state)),
+                off=(*state.off, self._share_of(error, k)),
                 past=((state.drift, error), *state.past)[: path.depth],
             )
             for state, end, error, row in zip(states, ends, errors, weights.tolist(), strict=True)
@@ -328,6 +341,10 @@ class Forecast:
         rest = own + len(state.known)
         reuse, noise = weights[0] if first else 0.0, weights[1] if own > 1 else 0.0
         return Weights(reuse, noise, tuple(weights[own:rest]), tuple(weights[rest:]))
+
+    def _share_of(self, error: Array, step: int) -> float:
+        """The norm of an error over that of the output."""
+        return math.sqrt(error @ error) / max(self._output_norms[step], 1e-300)
 
     def _noise_of(self, source: int, step: int) -> Array:
         """What reusing the cuts of `source` causes at `step`: nearly the sum of the noise of single steps."""

@@ -78,6 +78,8 @@ def test_a_prediction_is_the_nearest_combination(reuses: bool) -> None:
     matrix = np.stack(columns, axis=1)
     nearest = matrix @ np.linalg.lstsq(matrix, path.o[5], rcond=None)[0]
     np.testing.assert_allclose(after.drift, path.b[5] * (nearest - path.o[5]), atol=1e-6)
+    off = np.linalg.norm(nearest - path.o[5]) / np.linalg.norm(path.o[5])
+    assert after.off == pytest.approx((0.0, 0.0, 0.0, 0.0, 0.0, off), abs=1e-6)
     found = after.steps[5]
     assert found is not None
     weights = [found.reuse, found.noise, *found.outputs, *found.latents][0 if reuses else 2 :]

@@ -214,6 +214,13 @@ class Auto(Policy):
             f"Forecast drift of the final latents from the uncached ones, as a share of their norm: {drifts}.",
             f"The sampler's steps are affine in latents and outputs but for {clean:.1%} of their length (median).",
         ]
+        if off := {k: end.off[k] for k, step in enumerate(end.steps) if step is not None}:
+            worst = max(off, key=off.__getitem__)
+            usual = float(np.median([*off.values()]))
+            notes.append(
+                f"Outputs that are not computed are forecast to be off by {usual:.2%} (median) and {off[worst]:.2%} "
+                f"(step {worst}, the least certain one)."
+            )
         return Plan.from_rows(
             profile,
             [(COMPUTE if step is None else action,) * width for step in end.steps],

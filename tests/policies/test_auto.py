@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ def test_skipping_keeps_nothing_of_the_network() -> None:
     assert not plan.reads_noise
     assert plan.history == 4
     assert len(plan.variants) == 2
+    assert re.search(r"forecast to be off by [\d.]+% \(median\) and [\d.]+% \(step \d+, ", plan.notes[2])
 
 
 def test_the_reuse_graph_runs_where_it_is_forecast_to_be_better() -> None:
