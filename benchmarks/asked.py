@@ -1,11 +1,12 @@
 """Whether plans keep what was asked of them, and what they lose where they are used on other things than were measured.
 
-    python -m benchmarks.asked [--models dit flow] [--parts psnr time steps others] [--steps 50 20] [--samples N]
+    python -m benchmarks.asked [--models dit flow] [--parts psnr time steps sizes others] [--steps 50 20] [--samples N]
                                [--lowering eager|inductor] [--out FILE] [--smoke]
 
 psnr    `min_psnr=`: PSNR asked, expected by the plan, and measured on seeds that no calibration saw
 time    `target_ms=`: milliseconds asked, expected, and measured of the model's calls of one generation; on one thread
 steps   plans transferred from another number of steps, and plans measured at these steps
+sizes   plans used at other resolutions than were measured, and plans measured at these
 others  plans used with other seeds, labels, batch sizes and guidance than were measured, and plans measured with these
 
 Reported seeds begin at 0, those of calibrations at 1,000,000. PSNR is of a range of 2, its mean over samples is given
@@ -40,12 +41,15 @@ SAMPLES = 100
 """Of a calibration's rollouts, and as many that are reported, where a PSNR is promised."""
 ROLLED = {("dit", 50): (1.5, 2.5, 4.0, 6.0), ("flow", 50): (3.0, 5.0, 8.0)}
 """Speedups that rollouts begin with; elsewhere 1.5, 2, 3 and 4."""
+PARTS = ("psnr", "time", "steps", "sizes", "others")
 COMPARED = 40
 """Samples of a transferred plan, the same ones as of the plan that it is compared with."""
 CALIBRATION_BATCH = 8
 CALIBRATION_RUNS = 3
 TRANSFERS = ((50, 20), (50, 30), (20, 50))
 SPEEDUPS = (2.0, 3.0)
+SIZES = ((8, 12), (8, 16), (16, 8))
+"""Pixels of a side; of the flow model, as the DiT takes one size alone."""
 SHARES = (0.6, 0.4)
 """Of the uncached milliseconds, asked for as `target_ms`."""
 
@@ -207,6 +211,29 @@ def step_rows(
     return [_compared(row, case, (moved, own), speedup, measure) for speedup in speedups]
 
 
+def size_rows(
+    name: str,
+    measured: int,
+    used: int,
+    *,
+    steps: int,
+    samples: int,
+    lowering: str,
+    speedups: Sequence[float] = SPEEDUPS,
+) -> list[Figures]:
+    """Plans used at another resolution than was measured."""
+    labels = labels_of(samples)
+    there, here = (
+        replace(CASES[name], sample=partial(CASES[name].sample.func, cfg=2.0, size=size))  # type: ignore[attr-defined]
+        for size in (measured, used)
+    )
+    profiles = tuple(calibrated(case, steps=steps, lowering=lowering) for case in (there, here))
+    true = sampled(here, here.load(), range(samples), labels, steps)
+    row: Figures = {"model": name, "measured at": f"{measured} x {measured}", "used at": f"{used} x {used}"}
+    measure = partial(reached, true=true, labels=labels, lowering=lowering)
+    return [_compared(row, here, (profiles[0], profiles[1]), speedup, measure) for speedup in speedups]
+
+
 def other_rows(name: str, *, steps: int, samples: int, lowering: str) -> list[Figures]:
     """Plans for other seeds, labels, batch sizes and guidance than were measured."""
     case, rows = CASES[name], []
@@ -277,14 +304,14 @@ def main(arguments: list[str] | None = None) -> Figures:
     """Measure all parts, print them, and write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--parts", nargs="+", choices=["psnr", "time", "steps", "others"])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20], help="of the part psnr")
     parser.add_argument("--samples", type=int, help=f"default: {SAMPLES} for psnr, {COMPARED} for the others")
     parser.add_argument("--lowering", choices=["inductor", "eager"], default="eager", help="of all generations")
     parser.add_argument("--out", default="", help="a JSON file to write")
     parser.add_argument("--smoke", action="store_true", help="10 steps, 8 samples, one PSNR: a minute")
     args = parser.parse_args(arguments)
-    parts = args.parts or (["psnr"] if args.smoke else ["psnr", "time", "steps", "others"])
+    parts = args.parts or (["psnr"] if args.smoke else PARTS)
     torch.set_num_threads(1)
     console, figures = Console(), {}
     for part in parts:
@@ -309,6 +336,9 @@ def _rows_of(part: str, name: str, counts: Sequence[int], samples: int, *, lower
     elif part == "steps":
         for measured, used in ((10, 8),) if smoke else TRANSFERS:
             yield step_rows(name, measured, used, samples=samples, lowering=lowering)
+    elif part == "sizes":
+        for measured, used in SIZES if name == "flow" else ():
+            yield size_rows(name, measured, used, steps=10 if smoke else 20, samples=samples, lowering=lowering)
     else:
         yield other_rows(name, steps=10 if smoke else 20, samples=samples, lowering=lowering)
 

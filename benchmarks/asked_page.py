@@ -69,6 +69,7 @@ def block_of(figures: dict[str, list[Figures]]) -> str:
         "psnr": ("### `min_psnr`", asked_table),
         "time": ("### `target_ms`", time_table),
         "steps": ("### Other numbers of steps", compared_table),
+        "sizes": ("### Other resolutions", compared_table),
         "others": ("### Other seeds, labels, batch sizes and guidance", compared_table),
     }
     parts = [f"{title}\n\n{table(figures[part])}" for part, (title, table) in tables.items() if figures.get(part)]

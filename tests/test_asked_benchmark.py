@@ -40,7 +40,8 @@ def test_tables_show_promises_beside_what_came_of_them(tmp_path):
     refused = {"model": "dit", "steps": 20, "asked dB": 99.0, "refused": "auto: min_psnr=99 dB is out of reach"}
     timed = {"model": "dit", "steps": 50, "lowering": "eager", "speedup": 2.0}
     timed |= {"uncached ms": 100.0, "asked ms": 60.0, "expected ms": 59.0, "measured ms": 58.0}
-    figures = {"psnr": [ASKED, refused], "time": [timed], "steps": [MOVED]}
+    sized = {**MOVED, "measured at": "8 x 8", "used at": "12 x 12"}
+    figures = {"psnr": [ASKED, refused], "time": [timed], "steps": [MOVED], "sizes": [sized]}
     results, page = tmp_path / "asked.json", tmp_path / "asking.md"
     results.write_text(json.dumps({"figures": figures}))
     page.write_text("# Page\n")
@@ -52,6 +53,7 @@ def test_tables_show_promises_beside_what_came_of_them(tmp_path):
     assert "| dit | 20 | 99 | refused |" in text
     assert "| dit | 50 | eager | 2.00 | 100 | 60 | 59 | 58 |" in text
     assert "| dit | 50 steps | 20 steps | 2 | 50.6 ± 0.4 | 50.8 | +0.2 |" in text
+    assert "| dit | 8 x 8 | 12 x 12 | 2 | 50.6 ± 0.4 | 50.8 | +0.2 |" in text
     assert "guidance" not in text  # what was not measured has no heading
     assert asked_page.main(["--results", str(results), "--docs", str(page), "--check"]) == 0
 

@@ -65,6 +65,13 @@ def test_the_classifier_knows_digits_it_never_saw():
     assert class_consistency(held_out.images, held_out.labels, load_classifier()) >= 0.97
 
 
+def test_the_flow_model_is_sampled_at_other_sizes():
+    images = sample_flow(load_flow(), seeds=range(2), labels=balanced_labels(2), steps=4, size=12)
+
+    assert images.shape == (2, 1, 12, 12)
+    assert images.isfinite().all()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch(name):
     load, sample = SAMPLERS[name]
