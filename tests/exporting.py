@@ -91,6 +91,15 @@ def in_torch(model: nn.Module, example: Any, plan: Plan, **options: Any) -> Bund
     return BundleRunner(manifest, TorchEngine(schedule.graphs), schedule.constants)
 
 
+def alter(path: Path, *, at: int) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+
+
 def needs_onnx() -> None:
     """Skip a test where ONNX cannot be written or run."""
     for name in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):

@@ -19,7 +19,7 @@ from omnifx.bundle import MANIFEST, WEIGHTS, Manifest, json_schema
 from omnifx.cli import app
 from omnifx.errors import BundleError, ConfigError, ExportError
 from omnifx.plan import Plan
-from tests.exporting import build_with_rtx, in_torch, needs_onnx, plan_by_hand, planned
+from tests.exporting import alter, build_with_rtx, in_torch, needs_onnx, plan_by_hand, planned
 from tests.toys import distance, generate, noise, timesteps, toy, toy_inputs
 
 needs_onnx()
@@ -234,11 +234,7 @@ def test_a_truncated_file_is_refused(copied: Path) -> None:
 
 
 def test_an_altered_file_is_refused(copied: Path) -> None:
-    with (copied / "reuse.onnx").open("r+b") as file:
-        file.seek(50)
-        byte = file.read(1)
-        file.seek(50)
-        file.write(bytes([byte[0] ^ 1]))
+    alter(copied / "reuse.onnx", at=50)
     with pytest.raises(BundleError, match=r"reuse.onnx was altered: its SHA-256 is"):
         omnifx.load_bundle(copied)
 

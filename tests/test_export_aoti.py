@@ -25,7 +25,7 @@ from omnifx.bundle import MANIFEST, WEIGHTS, Manifest, file_info
 from omnifx.cli import app
 from omnifx.errors import BundleError, ConfigError, ExportError
 from omnifx.plan import Plan
-from tests.exporting import in_torch, plan_by_hand, planned
+from tests.exporting import alter, in_torch, plan_by_hand, planned
 from tests.toys import distance, generate, noise, timesteps, toy, toy_inputs
 
 EXAMPLE = toy_inputs(text=8)
@@ -278,11 +278,7 @@ def test_a_bundle_that_was_made_for_something_else_is_refused(
 
 
 def test_an_altered_package_is_refused(copied: Path) -> None:
-    with (copied / "model.pt2").open("r+b") as file:
-        file.seek(5000)
-        byte = file.read(1)
-        file.seek(5000)
-        file.write(bytes([byte[0] ^ 1]))
+    alter(copied / "model.pt2", at=5000)
     with pytest.raises(BundleError, match=r"model.pt2 was altered: its SHA-256 is"):
         load(copied)
 
