@@ -448,7 +448,8 @@ class Program:
     @cached_property
     def reuse_flops(self) -> int:
         """FLOPs of the variant that reuses all branches: less than `Analysis.reuse_flops` where what is left of the
-        network is decided by timesteps and labels alone, and comes from a table once they were seen."""
+        network is decided by timesteps and labels alone, and comes from a table once they were seen. Unless the variant
+        is there, its passes run: 4 s on the host for the graph of FLUX, once, when its first generation ends."""
         spec = self.reusing(self.reuse_row, corrects=False)
         if spec in self.variants:
             return self.variants[spec].flops
